@@ -1,0 +1,182 @@
+"""`nlora_surgery init`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nlora_surgery.options import ADAPTER_DTYPES, METHODS, RESIDUALS, SAMPLINGS, SCALE_SPLITS, FactorOptions
+from nlora_surgery_cli.render import ProgressBar, bytes_text, count_text, echo_json, echo_table, first_rank, warn
+
+__all__ = ["command"]
+
+
+def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """`--targets q_proj,v_proj` and `--targets q_proj --targets v_proj` are the same; a regex keeps its commas."""
+    plain = (value.split(",") if "(" not in value and "{" not in value else [value] for value in values)
+    return tuple(part.strip() for parts in plain for part in parts if part.strip())
+
+
+def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """`500MB`, `2GB` or a number of bytes."""
+    if value is None:
+        return None
+    units = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "b": 1}
+    text = value.strip().lower()
+    unit = next((name for name in units if text.endswith(name)), "")
+    try:
+        count = float(text.removesuffix(unit)) * units.get(unit, 1)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no size; write 500MB, 2GB or a number of bytes") from None
+    if not 0 < count < 1e18:
+        raise click.BadParameter(f"{value!r} is no possible size")
+    return int(count)
+
+
+@click.command("init")
+@click.argument("model")
+@click.option("--rank", "-r", type=int, default=64, show_default=True, help="r of every adapted module.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory to make.  [default: MODEL-nlora-rRANK]")
+@click.option("--method", type=click.Choice(METHODS), default="nystrom", show_default=True,
+              help="How the factors start.")  # fmt: skip
+@click.option("--sampling", type=click.Choice(SAMPLINGS), default="leading", show_default=True,
+              help="Which rows and columns the Nyström methods take.")  # fmt: skip
+@click.option("--scale-split", type=click.Choice(SCALE_SPLITS),
+              help="How the product's scale is spread over the factors.  "
+                   "[default: keep for Nyström, balanced for sketch and pissa]")  # fmt: skip
+@click.option("--residual", type=click.Choice(RESIDUALS), default="baked", show_default=True,
+              help="baked: write the residual base. virtual: write only the adapter, with its start. "
+                   "none: subtract nothing, as the paper's code does.")  # fmt: skip
+@click.option("--format", "adapter_format", type=click.Choice(["slora", "lora"]), default="slora", show_default=True,
+              help="Three matrices, or (pissa, pissa-fast) plain PEFT LoRA.")  # fmt: skip
+@click.option("--alpha", type=float, help="lora_alpha.  [default: the rank, so that the scaling is 1]")
+@click.option("--targets", multiple=True, callback=_split,
+              help="Module names, a regex for whole module paths, or all-linear.  "
+                   "[default: every linear inside the blocks]")  # fmt: skip
+@click.option("--exclude", multiple=True, callback=_split, help="Names or a regex to leave out.")
+@click.option("--adapter-dtype", type=click.Choice(ADAPTER_DTYPES), default="float32", show_default=True)
+@click.option("--power-steps", type=int, help="Of sketch (default 2) and pissa-fast (default 4).")
+@click.option("--oversampling", type=int, default=16, show_default=True, help="Extra columns of a sketch.")
+@click.option("--pinv-rtol", type=float, default=0.1, show_default=True,
+              help="nystrom-pinv drops singular values below this share of the largest; 0 keeps all.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (all GPUs), cuda:N or mps.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--max-memory", callback=_bytes, help="Bound on buffers, e.g. 500MB; fewer threads keep it.")
+@click.option("--allow-nonfinite", is_flag=True, help="Leave weights with NaN or infinity alone instead of failing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def command(
+    model: str,
+    rank: int,
+    out: Path | None,
+    adapter_format: str,
+    device: str,
+    max_memory: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Factor MODEL's weights: write the residual base and the adapter.
+
+    MODEL is a directory, or a Hub id (org/name[@revision]). The effective weights of the output equal the
+    original's to the rounding of what is stored.
+    """
+    from nlora_surgery.hub import fetch
+    from nlora_surgery.surgery.prepare import InitOptions, plan_init, prepare, summarize
+
+    factor = FactorOptions(
+        two_matrix=adapter_format == "lora",
+        **{name: options.pop(name) for name in ("method", "sampling", "scale_split", "power_steps", "oversampling", "pinv_rtol")},
+    )
+    init_options = InitOptions(rank=rank, factor=factor, **options)
+    init_options.check()
+    directory = fetch(model)
+    plan = plan_init(directory, out or _beside(model, directory, rank), init_options, source_name=model, device=device)
+    if dry_run:
+        _echo_plan(plan, as_json=as_json)
+        return
+    with ProgressBar("init") as progress:
+        manifest = prepare(plan, device=device, overwrite=overwrite, max_memory=max_memory, progress=progress)
+    if not first_rank():
+        return
+    rows, warnings = summarize(manifest)
+    for text in warnings:
+        warn(text)
+    if as_json:
+        echo_json(manifest)
+        return
+    _echo_report(plan, manifest, rows)
+
+
+def _beside(model: str, directory: Path, rank: int) -> Path:
+    """Where the output goes without -o: beside a local model, here for one from the Hub."""
+    path = Path(model)
+    if path.is_dir():
+        name = path.name if path.name not in {"", "."} else directory.resolve().name
+        parent = path.parent if path.name not in {"", "..", "."} else directory.resolve().parent
+    else:
+        name, parent = model.partition("@")[0].rpartition("/")[2], Path()
+    return parent / f"{name}-nlora-r{rank}"
+
+
+def _echo_plan(plan: Any, *, as_json: bool) -> None:
+    from nlora_surgery.targets import module_kind
+
+    groups: dict[tuple[str, int, int, int], int] = {}
+    for target in plan.targets:
+        key = module_kind(target.module), target.in_features, target.out_features, target.r
+        groups[key] = groups.get(key, 0) + 1
+    if as_json:
+        echo_json(
+            {
+                "out": str(plan.out),
+                "size_bytes": plan.engine.size_bytes,
+                "parameters": plan.parameters,
+                "modules": [
+                    {"kind": kind, "in_features": n, "out_features": m, "r": r, "count": count}
+                    for (kind, n, m, r), count in groups.items()
+                ],
+                "left_out": list(plan.left_out),
+            }
+        )
+        return
+    echo_table(
+        ("module", "in → out", "r", "count"),
+        [(kind, f"{n} → {m}", str(r), f"×{count}") for (kind, n, m, r), count in groups.items()],
+    )
+    click.echo(
+        f"Would write {plan.out}: {bytes_text(plan.engine.size_bytes)}, an adapter of {count_text(plan.parameters)} "
+        f"parameters in {len(plan.targets)} modules. Nothing was written."
+    )
+
+
+def _echo_report(plan: Any, manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+    def figure(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    echo_table(
+        ("module", "count", "r", "energy", "‖delta‖/‖weight‖", "drift"),
+        [
+            (
+                row["kind"],
+                str(row["count"]),
+                str(row["r"]),
+                figure(row["energy"], ".1%"),
+                figure(row["delta_ratio"], ".3f"),
+                figure(row["drift"], ".1e"),
+            )
+            for row in rows
+        ],
+    )
+    written = "residual base and adapter" if manifest["options"]["residual"] == "baked" else "adapter"
+    click.echo(
+        f"Wrote {plan.out}: {written}, {count_text(manifest['adapter']['parameters'])} trainable parameters in "
+        f"{len(manifest['modules'])} modules, {bytes_text(plan.engine.size_bytes)} in all."
+    )
+    if manifest["options"]["residual"] == "baked":
+        click.echo(f"Check it: nlora_surgery verify {plan.out} --against {manifest['source']['name']}")

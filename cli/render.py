@@ -1,0 +1,102 @@
+"""What commands print: tables and JSON on stdout, progress and warnings on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import click
+
+__all__ = ["ProgressBar", "bytes_text", "count_text", "echo_json", "echo_table", "first_rank", "warn"]
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that reports (alone, or rank 0 under torchrun)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def bytes_text(count: float) -> str:
+    """`2.2 GB`, in powers of ten, as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def count_text(count: float) -> str:
+    """`50.5 M`."""
+    for unit in ("", " k", " M"):
+        if count < 999.5:
+            return f"{count:.4g}{unit}"
+        count /= 1000
+    return f"{count:.4g} G"
+
+
+def echo_json(value: Any) -> None:
+    """A JSON document on stdout."""
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def echo_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        click.echo("  ".join(cells).rstrip())
+
+
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    click.echo(f"warning: {text}", err=True)
+
+
+class ProgressBar:
+    """Bytes, rate and time left on stderr, where that is a terminal; the engine's `Progress`."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: Any = None
+        self._task: Any = None
+        self._lock = threading.Lock()
+
+    def start(self, total_bytes: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        console = Console(stderr=True)
+        if not (console.is_terminal and first_rank()):
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            TimeRemainingColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task(self._what, total=total_bytes)
+        self._bar.start()
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.update(self._task, advance=count)
+
+    def notice(self, text: str) -> None:
+        if first_rank():
+            click.echo(text, err=True)
+
+    def stop(self) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

@@ -1,0 +1,685 @@
+"""The one engine under everything that writes a checkpoint.
+
+An operation says which tensors it edits and gives a function from tensor to `Edit`; the engine plans every
+output file's header first, streams the tensors through the edit, copies what is untouched without reading it
+into memory, fills an adapter file on the way if there is one, and commits by one rename (see `staging`).
+
+**Speed.** One thread per core (several per GPU) takes whole tensors. Inside, a tensor goes by in row tiles
+that stay in the core's cache: converted to the compute dtype, edited, measured, rounded, written. Every buffer
+is allocated once per thread.
+
+**The same bytes, always.** Inside a thread torch runs single-threaded, so no sum is split differently because
+there are more cores or more processes: a run on one core, on many, or under torchrun writes the same bytes.
+
+**Units.** A source shard is the unit of resuming and of sharing the work between ranks. Its record in the
+journal holds a checksum of each tensor that was computed for it; copies are compared with the source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import queue
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlora_surgery.checkpoint import Checkpoint, FileLayout, TensorInfo
+from nlora_surgery.errors import NonFiniteError, OptionError, OutputError, SurgeryError
+from nlora_surgery.factor import TILE_BYTES, row_tiles
+from nlora_surgery.ranks import Ranks
+from nlora_surgery.staging import Stage, check_output, disk_errors
+
+__all__ = ["Edit", "Plan", "Progress", "compute_dtype", "resolve_devices", "rewrite"]
+
+_GPU_TILE_BYTES = 64 << 20
+_WORKERS_PER_GPU = 3  # one reads and uploads while one computes and one downloads and writes
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What an operation wants done with one tensor.
+
+    Attributes:
+        apply: changes the tensor's rows `rows`, given in the compute dtype, in place; None leaves the tensor.
+        sides: tensors for the plan's side file, by name.
+        figures: numbers about the edit, for the report.
+    """
+
+    apply: Callable[[slice, Tensor], None] | None = None
+    sides: Mapping[str, Tensor] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Progress:
+    """Listens to a long operation; does nothing by itself. Called from several threads, one at a time."""
+
+    def start(self, total_bytes: int) -> None:
+        """The work begins; `advance` will add up to `total_bytes`."""
+
+    def advance(self, count: int) -> None:
+        """So many more bytes of the source are done."""
+
+    def notice(self, text: str) -> None:
+        """Something that the user should know."""
+
+    def stop(self) -> None:
+        """The work ended, well or not."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, before any of it is.
+
+    Attributes:
+        source: the checkpoint to read.
+        out: the directory to make.
+        edits: names of the two-dimensional source tensors that go through the edit function.
+        identity: everything that decides the output's bytes, as JSON values.
+        write_shards: False writes only the side file.
+        side: layout of the adapter file to be filled, its name relative to `out`.
+        carried: other files of the source to be copied, relative to its directory.
+        needs_whole: whether the edit reads all of a tensor (GPUs then get it whole, once).
+        worker_bytes: what the edit itself allocates at most, per thread.
+    """
+
+    source: Checkpoint
+    out: Path
+    edits: Sequence[str]
+    identity: Mapping[str, Any]
+    write_shards: bool = True
+    side: FileLayout | None = None
+    carried: Sequence[str] = ()
+    needs_whole: bool = True
+    worker_bytes: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the output takes."""
+        shards = sum(layout.size_bytes for layout in self.source.files.values()) if self.write_shards else 0
+        carried = sum((self.source.directory / name).stat().st_size for name in self.carried)
+        return shards + carried + (self.side.size_bytes if self.side else 0)
+
+
+@dataclass
+class _Unit:
+    """One shard's work: tensors to edit, byte ranges to copy."""
+
+    name: str
+    edits: list[TensorInfo]
+    copies: list[tuple[int, int]]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(info.size_bytes for info in self.edits) + sum(end - start for start, end in self.copies)
+
+
+def compute_dtype(stored: torch.dtype) -> torch.dtype:
+    """What arithmetic on a weight is done in: fp32, and fp64 where the weight itself is fp32 or fp64."""
+    return torch.float64 if stored in {torch.float32, torch.float64} else torch.float32
+
+
+def resolve_devices(name: str) -> list[torch.device]:
+    """The devices that `--device NAME` means.
+
+    Args:
+        name: `auto` (GPUs if there are any), `cpu`, `mps`, `cuda` (all that are visible; under torchrun this
+            rank's own), or `cuda:N`.
+
+    Raises:
+        OptionError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"--device {name} is not a device; give auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cpu":
+        return [device]
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise OptionError("--device mps, but torch finds no Metal device here; use --device cpu")
+        return [device]
+    if device.type != "cuda":
+        raise OptionError(f"--device {name} is not supported; give auto, cpu, cuda, cuda:N or mps")
+    count = torch.cuda.device_count()
+    if count == 0 or (device.index is not None and device.index >= count):
+        raise OptionError(f"--device {name}, but torch sees {count} CUDA devices here; use --device cpu")
+    if device.index is not None:
+        return [device]
+    if "LOCAL_RANK" in os.environ:
+        return [torch.device("cuda", int(os.environ["LOCAL_RANK"]) % count)]
+    return [torch.device("cuda", index) for index in range(count)]
+
+
+def rewrite(
+    plan: Plan,
+    edit: Callable[[TensorInfo, Tensor], Edit],
+    finish: Callable[[Path, dict[str, dict[str, Any]]], None],
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint, an adapter, or both.
+
+    Under torchrun the ranks share the shards between them; the first writes the rest and commits.
+
+    Args:
+        plan: what is to be written.
+        edit: called with each tensor of `plan.edits`, on the device that computes; in several threads.
+        finish: called once, before the commit, with the staged directory and for each of `plan.edits` its
+            `figures` and the `checksums` (CRC-32, by tensor) of what was written for it; writes what is left
+            (configuration, manifest).
+        device: see `resolve_devices`.
+        overwrite: replace an earlier output, and an unfinished one of another command.
+        max_memory: bytes that buffers may take in all; fewer threads are used to keep it.
+        progress: listens.
+
+    Raises:
+        OptionError: no such device, or `max_memory` is below what one thread needs.
+        OutputError: see `check_output`; no space; not writable.
+        StageError: another process, or an unfinished run of another command, has this output.
+        NonFiniteError: a result is not finite.
+    """
+    progress = progress or Progress()
+    devices = resolve_devices(device)
+    wide = [info.name for info in map(plan.source.tensors.__getitem__, plan.edits) if info.dtype in {"F32", "F64"}]
+    if devices[0].type == "mps" and wide:
+        raise OptionError(f"{wide[0]!r} is computed in fp64, which Metal does not have; use --device cpu")
+    workers = _Workers.plan(devices, plan, max_memory)
+    ranks = Ranks.from_environment()
+    stage = Stage(plan.out, ranks.rank)
+    try:
+        with ranks.agreement("preparing the output"):
+            if ranks.first:
+                _open_stage(plan, stage, overwrite)
+        finished: dict[str, dict[str, Any]]
+        complete, finished = ranks.from_first((stage.complete, stage.finished))
+        if complete:
+            progress.notice(f"{plan.out} was finished by an earlier run of this command")
+            if ranks.first:
+                stage.discard()
+            return
+        mine = ranks.share(_units(plan), lambda unit: unit.size_bytes)
+        records: dict[str, dict[str, Any]] = {}
+        with ranks.agreement("writing the shards"):
+            records = _run_units(plan, mine, edit, stage, finished, workers, progress)
+        everyone = ranks.gather(records)
+        with ranks.agreement("finishing the output"):
+            if ranks.first:
+                tensors = {
+                    name: record
+                    for rank_records in everyone
+                    for unit_record in rank_records.values()
+                    for name, record in unit_record["tensors"].items()
+                }
+                with disk_errors(plan.out):
+                    for name in plan.carried:
+                        _copy_file(plan.source.directory / name, stage.tree / name)
+                    finish(stage.tree, {name: tensors[name] for name in plan.edits})
+                stage.commit()
+    except SurgeryError as error:
+        if ranks.first and not error.resumable:
+            stage.discard()
+        raise
+    finally:
+        progress.stop()
+        stage.release()
+        ranks.close()
+
+
+def _open_stage(plan: Plan, stage: Stage, overwrite: bool) -> None:
+    exists = os.path.lexists(plan.out)
+    try:
+        check_output(plan.out, [plan.source.directory], overwrite=overwrite)
+    except OutputError:
+        # Killed between the commit and the tidying up: the output is there, and so is the stage's identity.
+        if overwrite or not exists or not stage.directory.exists():
+            raise
+        stage.acquire(plan.identity, overwrite=False)
+        if stage.complete:
+            return
+        stage.release()
+        raise
+    stage.acquire(plan.identity, overwrite=overwrite)
+    if stage.complete:
+        return
+    with disk_errors(plan.out):
+        staged = sum(path.stat().st_blocks * 512 for path in stage.tree.rglob("*") if path.is_file())
+        free = shutil.disk_usage(stage.directory).free
+        if plan.size_bytes > free + staged:
+            raise OutputError(
+                f"no space left for {plan.out}: it needs {plan.size_bytes:,} bytes, {free:,} are free there",
+                resumable=bool(stage.finished),
+            )
+        layouts = list(plan.source.files.values()) if plan.write_shards else []
+        for layout in [*layouts, *([plan.side] if plan.side else [])]:
+            path = stage.tree / layout.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab") as file:
+                os.truncate(path, layout.size_bytes)
+            with open(path, "r+b") as file:
+                file.write(layout.header)
+
+
+def _units(plan: Plan) -> list[_Unit]:
+    edited = set(plan.edits)
+    units = []
+    for layout in plan.source.files.values():
+        edits = [plan.source.tensors[name] for name in layout.tensors if name in edited]
+        copies: list[tuple[int, int]] = []
+        if plan.write_shards:
+            position = 0 if not edits else len(layout.header)
+            for info in sorted(edits, key=lambda info: info.start):
+                if info.start > position:
+                    copies.append((position, info.start))
+                position = info.end
+            if position < layout.size_bytes:
+                copies.append((position, layout.size_bytes))
+        if edits or copies:
+            units.append(_Unit(layout.name, edits, copies))
+    return units
+
+
+# --- threads, devices, buffers ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Workers:
+    devices: list[torch.device]
+    count: int
+
+    @classmethod
+    def plan(cls, devices: list[torch.device], plan: Plan, max_memory: int | None) -> _Workers:
+        if devices[0].type == "cpu":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            count = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        else:
+            count = _WORKERS_PER_GPU * len(devices)
+        each = cls.bytes_each(devices[0], plan)
+        if max_memory is not None:
+            if each > max_memory:
+                raise OptionError(
+                    f"--max-memory {max_memory:,} bytes is too little: one thread needs {each:,} for the "
+                    "largest tensor at this rank"
+                )
+            count = min(count, max_memory // each)
+        return cls(devices, count)
+
+    @staticmethod
+    def bytes_each(device: torch.device, plan: Plan) -> int:
+        """Bytes of buffers per thread: three tiles, and what the edit allocates."""
+        tile = TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
+        longest = max((plan.source.tensors[name].shape[-1] for name in plan.edits), default=0)
+        return 3 * max(tile, 8 * longest) + plan.worker_bytes
+
+
+class _Workspace:
+    """The buffers of one thread, and the stream that it computes on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tile_bytes = TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def buffer(self, use: str, dtype: torch.dtype, shape: tuple[int, int], *, on_host: bool = False) -> Tensor:
+        """Uninitialized memory of that shape, the same one at each call with the same `use`."""
+        count = math.prod(shape)
+        flat = self._buffers.get((use, dtype))
+        if flat is None or flat.numel() < count:
+            if on_host:
+                flat = torch.empty(count, dtype=dtype, pin_memory=self.stream is not None)
+            else:
+                flat = torch.empty(count, dtype=dtype, device=self.device)
+            self._buffers[use, dtype] = flat
+        return flat[:count].view(shape)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Run what is inside on this thread's own stream."""
+        if self.stream is None:
+            yield
+        else:
+            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+                yield
+
+    def upload(self, view: Tensor) -> Tensor:
+        """The tensor on this thread's device; on the CPU, the view of the mapped file itself."""
+        if self.stream is None:
+            return view if self.device.type == "cpu" else view.to(self.device)
+        resident = torch.empty(view.shape, dtype=view.dtype, device=self.device)
+        arrived = [torch.cuda.Event(), torch.cuda.Event()]
+        for index, rows in enumerate(row_tiles(view.shape, view.dtype.itemsize, self.tile_bytes)):
+            half = index % 2
+            arrived[half].synchronize()  # until its last upload is done, this half is not to be filled anew
+            pinned = self.buffer(f"upload {half}", view.dtype, tuple(view[rows].shape), on_host=True)
+            pinned.copy_(view[rows])
+            resident[rows].copy_(pinned, non_blocking=True)
+            arrived[half].record()
+        return resident
+
+    def download(self, tensor: Tensor) -> Tensor:
+        """The tensor in host memory, complete."""
+        if self.device.type == "cpu":
+            return tensor
+        host = self.buffer("download", tensor.dtype, tuple(tensor.shape), on_host=True)
+        host.copy_(tensor, non_blocking=self.stream is not None)
+        if self.stream is not None:
+            self.stream.synchronize()
+        return host
+
+
+@contextlib.contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")  # no TF32: it has fewer bits than the factors
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+class _Canceled(Exception):  # noqa: N818  (no error: another thread's is the one to report)
+    """Raised in a thread that stops because another one failed, or because of an interrupt."""
+
+
+# --- the work --------------------------------------------------------------------------------------------
+
+
+def _run_units(
+    plan: Plan,
+    units: Sequence[_Unit],
+    edit: Callable[[TensorInfo, Tensor], Edit],
+    stage: Stage,
+    finished: Mapping[str, dict[str, Any]],
+    workers: _Workers,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Do these units, or find them done; return their records."""
+    progress.start(sum(unit.size_bytes for unit in units))
+    free_devices: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
+    for index in range(workers.count):
+        free_devices.put(workers.devices[index % len(workers.devices)])
+    thread = threading.local()
+    canceled = threading.Event()
+    lock = threading.Lock()
+    records: dict[str, dict[str, Any]] = {}
+
+    def start_thread() -> None:
+        torch.set_num_threads(1)
+        thread.workspace = _Workspace(free_devices.get())
+
+    def edit_one(info: TensorInfo) -> dict[str, Any]:
+        writer = _TensorWriter(plan, stage, thread.workspace, canceled)
+        return writer.write(info, edit)
+
+    def copy_one(unit: _Unit, start: int, end: int) -> None:
+        with _open_pair(plan, stage, unit.name) as (source, output):
+            _copy_range(source, output, start, end, canceled)
+
+    def finish_job(unit: _Unit, name: str | None, count: int, result: Any) -> None:
+        with lock:
+            if name is not None:
+                records[unit.name]["tensors"][name] = result
+            remaining[unit.name] -= 1
+            if remaining[unit.name] == 0:
+                stage.record(unit.name, records[unit.name])
+            progress.advance(count)
+
+    remaining: dict[str, int] = {}
+    with _single_threaded_torch(), ThreadPoolExecutor(workers.count, "surgery", start_thread) as pool:
+        jobs: list[Future[None]] = []
+
+        def submit(unit: _Unit, name: str | None, count: int, work: Callable[..., Any], *args: Any) -> None:
+            def job() -> None:
+                if canceled.is_set():
+                    raise _Canceled
+                try:
+                    with disk_errors(plan.out):
+                        finish_job(unit, name, count, work(*args))
+                except BaseException:
+                    canceled.set()
+                    raise
+
+            jobs.append(pool.submit(job))
+
+        try:
+            whole = pool.map(
+                lambda unit: unit.name in finished and _still_whole(plan, stage, unit, finished[unit.name]), units
+            )
+            for unit, is_whole in zip(units, list(whole), strict=True):
+                if is_whole:
+                    records[unit.name] = finished[unit.name]
+                    progress.advance(unit.size_bytes)
+                    continue
+                records[unit.name] = {"tensors": {}}
+                remaining[unit.name] = len(unit.edits) + len(unit.copies)
+                for info in unit.edits:
+                    submit(unit, info.name, info.size_bytes, edit_one, info)
+                for start, end in unit.copies:
+                    submit(unit, None, end - start, copy_one, unit, start, end)
+            wait(jobs, return_when=FIRST_EXCEPTION)
+        except BaseException:  # an interrupt: what runs stops at its next tile
+            canceled.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        pool.shutdown(wait=True, cancel_futures=True)
+        for job in jobs:
+            error = None if job.cancelled() else job.exception()
+            if error is not None and not isinstance(error, _Canceled):
+                raise error
+    return records
+
+
+class _TensorWriter:
+    """Takes one tensor through its edit and into the output."""
+
+    def __init__(self, plan: Plan, stage: Stage, workspace: _Workspace, canceled: threading.Event) -> None:
+        self.plan = plan
+        self.stage = stage
+        self.workspace = workspace
+        self.canceled = canceled
+
+    def write(self, info: TensorInfo, edit: Callable[[TensorInfo, Tensor], Edit]) -> dict[str, Any]:
+        source, workspace = self.plan.source, self.workspace
+        view = source.tensor(info.name)
+        if self.plan.needs_whole:
+            source.prefetch(info.name)
+        with torch.inference_mode(), workspace.computing():
+            weight = workspace.upload(view) if self.plan.needs_whole else view
+            change = edit(info, weight)
+            checksums: dict[str, int] = {}
+            figures = dict(change.figures)
+            if change.apply is not None:
+                checksum, measured = self._edit_tiles(info, weight, change.apply)
+                figures.update(measured)
+                if self.plan.write_shards:
+                    checksums[info.name] = checksum
+            elif self.plan.write_shards:
+                with _open_pair(self.plan, self.stage, info.file) as (reader, writer):
+                    _copy_range(reader, writer, info.start, info.end, self.canceled)
+            if self.plan.side is not None:
+                with _opened(self.stage.tree / self.plan.side.name) as side:
+                    for name, tensor in change.sides.items():
+                        data = _bytes_of(tensor.contiguous().to("cpu"))
+                        _write_all(side, data, self.plan.side.tensors[name].start)
+                        checksums[name] = zlib.crc32(data)
+        source.release(info.name)
+        return {"checksums": checksums, "figures": figures}
+
+    def _edit_tiles(
+        self, info: TensorInfo, weight: Tensor, apply: Callable[[slice, Tensor], None]
+    ) -> tuple[int, dict[str, float]]:
+        """Edit, measure, round and (if shards are written) write a tensor tile by tile.
+
+        Returns:
+            The result's checksum, and Frobenius norms: of the weight, of the exact result, and of the
+            difference that rounding it made.
+        """
+        workspace, dtype = self.workspace, compute_dtype(weight.dtype)
+        checksum = 0
+        squares = {"weight_norm": 0.0, "result_norm": 0.0, "rounding_norm": 0.0}
+        output_file = _opened(self.stage.tree / info.file) if self.plan.write_shards else contextlib.nullcontext()
+        with output_file as output:
+            offset = info.start
+            for rows in row_tiles(weight.shape, dtype.itemsize, workspace.tile_bytes):
+                if self.canceled.is_set():
+                    raise _Canceled
+                shape = (rows.stop - rows.start, weight.shape[1])
+                exact = workspace.buffer("exact", dtype, shape).copy_(weight[rows])
+                squares["weight_norm"] += _norm(exact, info.name) ** 2
+                apply(rows, exact)
+                rounded = workspace.buffer("rounded", weight.dtype, shape).copy_(exact)
+                squares["result_norm"] += _norm(exact, info.name, "after the edit") ** 2
+                again = workspace.buffer("again", dtype, shape).copy_(rounded)
+                squares["rounding_norm"] += _norm(exact.sub_(again), info.name, f"as {info.dtype}") ** 2
+                data = _bytes_of(workspace.download(rounded))
+                checksum = zlib.crc32(data, checksum)
+                if output is not None:
+                    _write_all(output, data, offset)
+                offset += len(data)
+        return checksum, {name: math.sqrt(square) for name, square in squares.items()}
+
+
+def _norm(tile: Tensor, name: str, when: str = "") -> float:
+    norm = torch.linalg.vector_norm(tile).item()
+    if not math.isfinite(norm):  # either it is so, or squares of huge numbers overflowed fp32
+        norm = torch.linalg.vector_norm(tile, dtype=torch.float64).item()
+    if not math.isfinite(norm):
+        if not when:
+            raise NonFiniteError(
+                name, f"weight {name!r} holds NaN or infinity; repair it, or leave it out with --allow-nonfinite"
+            )
+        raise NonFiniteError(
+            name, f"weight {name!r} is finite, but {when} it is not; choose another method or --exclude the module"
+        )
+    return norm
+
+
+def _still_whole(plan: Plan, stage: Stage, unit: _Unit, record: Mapping[str, Any]) -> bool:
+    """Whether a finished unit's bytes in the stage are those that its record promises."""
+    try:
+        if plan.side is not None:
+            with _opened(stage.tree / plan.side.name) as side:
+                for tensor in record["tensors"].values():
+                    for name, checksum in tensor["checksums"].items():
+                        where = plan.side.tensors.get(name)
+                        if where is not None and _checksum(side, where) != checksum:
+                            return False
+        if plan.write_shards:
+            with _open_pair(plan, stage, unit.name) as (source, output):
+                for info in unit.edits:
+                    expected = record["tensors"][info.name]["checksums"].get(info.name)
+                    if expected is None:  # the edit left it as it was
+                        if not _same_range(source, output, info.start, info.end):
+                            return False
+                    elif _checksum(output, info) != expected:
+                        return False
+                return all(_same_range(source, output, start, end) for start, end in unit.copies)
+    except (OSError, KeyError, TypeError):
+        return False
+    return {info.name for info in unit.edits} == set(record["tensors"])
+
+
+# --- bytes -----------------------------------------------------------------------------------------------
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _open_pair(plan: Plan, stage: Stage, file: str) -> Iterator[tuple[int, int]]:
+    with (
+        _opened(plan.source.directory / file, os.O_RDONLY) as source,
+        _opened(stage.tree / file) as output,
+    ):
+        yield source, output
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+_COPY_CHUNK = 64 << 20  # small enough that an interrupt is heard soon
+
+
+def _copy_range(source: int, output: int, start: int, end: int, canceled: threading.Event | None = None) -> None:
+    """Copy bytes between files at the same offset, inside the kernel (sharing extents) where it can."""
+    in_kernel = hasattr(os, "copy_file_range")
+    while start < end:
+        if canceled is not None and canceled.is_set():
+            raise _Canceled
+        count = min(end - start, _COPY_CHUNK)
+        if in_kernel:
+            try:
+                copied = os.copy_file_range(source, output, count, start, start)
+            except OSError as error:
+                if error.errno not in {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}:
+                    raise
+                in_kernel = False  # this pair of file systems cannot
+                continue
+        else:
+            data = os.pread(source, min(count, TILE_BYTES), start)
+            _write_all(output, memoryview(data), start)
+            copied = len(data)
+        if copied == 0:
+            raise OSError(errno.EIO, "the source became shorter while it was read")
+        start += copied
+
+
+def _copy_file(source: Path, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        _opened(source, os.O_RDONLY) as reader,
+        _opened(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as writer,
+    ):
+        _copy_range(reader, writer, 0, os.fstat(reader).st_size)
+        os.fchmod(writer, os.fstat(reader).st_mode & 0o777)
+
+
+def _checksum(descriptor: int, info: TensorInfo) -> int:
+    checksum, position = 0, info.start
+    while position < info.end:
+        data = os.pread(descriptor, min(TILE_BYTES, info.end - position), position)
+        if not data:
+            return -1
+        checksum, position = zlib.crc32(data, checksum), position + len(data)
+    return checksum
+
+
+def _same_range(source: int, output: int, start: int, end: int) -> bool:
+    while start < end:
+        count = min(TILE_BYTES, end - start)
+        data = os.pread(source, count, start)
+        if not data or data != os.pread(output, count, start):
+            return False
+        start += len(data)
+    return True
