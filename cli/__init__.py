@@ -40,13 +40,14 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="nlora-surgery", prog_name="nlora_surgery")
 def cli() -> None:
-    """Checkpoint surgery for low-rank adapters.
+    r"""Checkpoint surgery for low-rank adapters.
 
     Works on the safetensors shards of a Hugging Face checkpoint, tensor by tensor.
 
     \b
-    nlora_surgery init MODEL --rank 64      residual base and adapter, beside MODEL
-    nlora_surgery verify OUT --against MODEL
+    nlora_surgery init MODEL --rank 64           residual base and adapter, beside MODEL
+    nlora_surgery verify OUT --against MODEL          was anything lost?
+    nlora_surgery inspect DIR                         what is in it, and what a rank costs
 
     Results go to stdout (--json for machines), progress and warnings to stderr. Exit codes: 0 done, 2 usage,
     3 and 4 checkpoint, 5 targets, 6 not finite, 7 adapter, 8 and 9 output, 10 verification, 11 Hub, 12 a

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+from nlora_surgery_cli.render import (
+    ProgressBar,
+    bytes_text,
+    count_text,
+    echo_json,
+    echo_table,
+    figures_table,
+    first_rank,
+    warn,
+)
 
 from nlora_surgery.options import ADAPTER_DTYPES, METHODS, RESIDUALS, SAMPLINGS, SCALE_SPLITS, FactorOptions
-from nlora_surgery_cli.render import ProgressBar, bytes_text, count_text, echo_json, echo_table, first_rank, warn
 
 __all__ = ["command"]
 
@@ -87,11 +96,15 @@ def command(
     original's to the rounding of what is stored.
     """
     from nlora_surgery.hub import fetch
-    from nlora_surgery.surgery.prepare import InitOptions, plan_init, prepare, summarize
+    from nlora_surgery.manifest import summarize
+    from nlora_surgery.surgery.prepare import InitOptions, plan_init, prepare
 
     factor = FactorOptions(
         two_matrix=adapter_format == "lora",
-        **{name: options.pop(name) for name in ("method", "sampling", "scale_split", "power_steps", "oversampling", "pinv_rtol")},
+        **{
+            name: options.pop(name)
+            for name in ("method", "sampling", "scale_split", "power_steps", "oversampling", "pinv_rtol")
+        },
     )
     init_options = InitOptions(rank=rank, factor=factor, **options)
     init_options.check()
@@ -156,23 +169,7 @@ def _echo_plan(plan: Any, *, as_json: bool) -> None:
 
 
 def _echo_report(plan: Any, manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
-    def figure(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    echo_table(
-        ("module", "count", "r", "energy", "‖delta‖/‖weight‖", "drift"),
-        [
-            (
-                row["kind"],
-                str(row["count"]),
-                str(row["r"]),
-                figure(row["energy"], ".1%"),
-                figure(row["delta_ratio"], ".3f"),
-                figure(row["drift"], ".1e"),
-            )
-            for row in rows
-        ],
-    )
+    echo_table(*figures_table(rows))
     written = "residual base and adapter" if manifest["options"]["residual"] == "baked" else "adapter"
     click.echo(
         f"Wrote {plan.out}: {written}, {count_text(manifest['adapter']['parameters'])} trainable parameters in "

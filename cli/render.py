@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import click
 
-__all__ = ["ProgressBar", "bytes_text", "count_text", "echo_json", "echo_table", "first_rank", "warn"]
+__all__ = [
+    "ProgressBar",
+    "bytes_text",
+    "count_text",
+    "echo_json",
+    "echo_table",
+    "figure",
+    "figures_table",
+    "first_rank",
+    "quiet_transformers",
+    "warn",
+]
 
 
 def first_rank() -> bool:
@@ -50,6 +61,35 @@ def echo_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
+def figure(value: float | None, form: str) -> str:
+    """A number, or a dash for what was not measured."""
+    return "-" if value is None else format(value, form)
+
+
+def figures_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of `manifest.summarize`'s table."""
+    header = ("module", "count", "r", "energy", "‖delta‖/‖weight‖", "drift")
+    return header, [
+        (
+            row["kind"],
+            str(row["count"]),
+            str(row["r"]),
+            figure(row["energy"], ".1%"),
+            figure(row["delta_ratio"], ".3f"),
+            figure(row["drift"], ".1e"),
+        )
+        for row in rows
+    ]
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own progress bars and notices out of our stderr; its errors still come."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def warn(text: str) -> None:
     """A warning on stderr."""
     click.echo(f"warning: {text}", err=True)
@@ -65,8 +105,16 @@ class ProgressBar:
         self._lock = threading.Lock()
 
     def start(self, total_bytes: int) -> None:
+        """Show the bar, if stderr is a terminal."""
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         console = Console(stderr=True)
         if not (console.is_terminal and first_rank()):
@@ -79,15 +127,18 @@ class ProgressBar:
         self._bar.start()
 
     def advance(self, count: int) -> None:
+        """Move it by so many bytes."""
         with self._lock:
             if self._bar is not None:
                 self._bar.update(self._task, advance=count)
 
     def notice(self, text: str) -> None:
+        """A line on stderr."""
         if first_rank():
             click.echo(text, err=True)
 
     def stop(self) -> None:
+        """Take the bar away."""
         with self._lock:
             if self._bar is not None:
                 self._bar.stop()

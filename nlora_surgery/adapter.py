@@ -35,9 +35,7 @@ __all__ = [
 
 FINGERPRINT_KEY = "base_fingerprint"
 
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_[ANB](?:_initial)?)(?:\.default)?\.weight"
-)
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_[ANB](?:_initial)?)(?:\.default)?\.weight")
 _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
@@ -144,13 +142,13 @@ class AdapterConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def scaling(self, module: str, r: int) -> float:
-        """alpha / r of one module (alpha / sqrt(r) with rsLoRA).
+        """Alpha / r of one module (alpha / sqrt(r) with rsLoRA).
 
         Args:
             module: its path.
             r: its rank, as its tensors have it.
         """
-        alpha = pattern_for(self.alpha_pattern, module, self.lora_alpha)
+        alpha = float(pattern_for(self.alpha_pattern, module, self.lora_alpha))
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def to_json(self) -> str:
@@ -195,7 +193,9 @@ class AdapterConfig:
             raise AdapterError(f"{path} has peft_type {kind!r}; known are LORA and SLORA")
         r, alpha = values.get("r"), values.get("lora_alpha")
         if not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1:
-            raise AdapterError(f"{path} has r = {r!r} and lora_alpha = {alpha!r}; expected a positive integer and a number")
+            raise AdapterError(
+                f"{path} has r = {r!r} and lora_alpha = {alpha!r}; expected a positive integer and a number"
+            )
         known = {name for name in cls.__dataclass_fields__ if name != "extra"}
         for pattern in ("rank_pattern", "alpha_pattern"):
             if not isinstance(values.get(pattern) or {}, dict):
@@ -208,9 +208,9 @@ class AdapterConfig:
 
 
 def pattern_for(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's lookup in rank_pattern and alpha_pattern: the first key that the module's path ends with.
+    r"""PEFT's lookup in rank_pattern and alpha_pattern: the first key that the module's path ends with.
 
-    A key is a regular expression that must match from a path component on: `(.*\\.)?(key)$`.
+    A key is a regular expression that must match from a path component on: `(.*\.)?(key)$`.
     """
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -276,6 +276,12 @@ class Adapter:
         """Whether its modules have a `lora_N`."""
         return any("lora_N" in parts for parts in self.parts.values())
 
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Of the base that it belongs to, if it records one: in its configuration, or in its file's metadata."""
+        metadata = next(iter(self.file.files.values())).metadata
+        return self.config.base_fingerprint or metadata.get(FINGERPRINT_KEY)
+
     def shape(self, module: str) -> ModuleShape:
         """Shapes of a module's factors, from its tensors."""
         r, in_features = self.file.tensors[self.parts[module]["lora_A"]].shape
@@ -283,7 +289,7 @@ class Adapter:
         return ModuleShape(module, out_features, in_features, r)
 
     def scaling(self, module: str) -> float:
-        """alpha / r of a module."""
+        """Alpha / r of a module."""
         return self.config.scaling(module, self.shape(module).r)
 
     def factors(self, module: str) -> Factors:
@@ -339,7 +345,7 @@ def check_base(adapter: Adapter, base: Checkpoint) -> None:
     Raises:
         BaseMismatchError: the fingerprints differ.
     """
-    recorded = adapter.config.base_fingerprint or next(iter(adapter.file.files.values())).metadata.get(FINGERPRINT_KEY)
+    recorded = adapter.base_fingerprint
     if recorded and recorded != (found := base.fingerprint()):
         raise BaseMismatchError(
             f"the adapter {adapter.directory} belongs to another base than {base.directory}: it records "

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from nlora_surgery.errors import CheckpointError, UnsupportedCheckpoint
+from nlora_surgery.errors import CheckpointError, UnsupportedCheckpointError
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -176,9 +176,7 @@ def read_header(path: Path, name: str | None = None) -> FileLayout:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged("its __metadata__ is not a map of strings")
     data_start = 8 + length
-    tensors = {
-        tensor: _parse_entry(tensor, entry, name, data_start, damaged) for tensor, entry in entries.items()
-    }
+    tensors = {tensor: _parse_entry(tensor, entry, name, data_start, damaged) for tensor, entry in entries.items()}
 
     position, before = data_start, "the header"
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
@@ -304,7 +302,7 @@ class Checkpoint:
         Raises:
             CheckpointError: no such directory, no weights in it, or damaged ones (see `read_header`); an
                 index that disagrees with its shards or names a file outside the directory.
-            UnsupportedCheckpoint: the directory holds pickled weights only, or an adapter.
+            UnsupportedCheckpointError: the directory holds pickled weights only, or an adapter.
         """
         directory = Path(directory)
         if not directory.is_dir():
@@ -317,9 +315,7 @@ class Checkpoint:
         if not (directory / INDEX_FILE).exists():
             raise _no_weights(directory)
         weight_map = _read_weight_map(directory / INDEX_FILE)
-        files = {
-            shard: read_header(directory / shard, shard) for shard in sorted(set(weight_map.values()))
-        }
+        files = {shard: read_header(directory / shard, shard) for shard in sorted(set(weight_map.values()))}
         for tensor, shard in weight_map.items():
             if tensor not in files[shard].tensors:
                 raise CheckpointError(
@@ -479,20 +475,16 @@ def _is_plain_name(name: str) -> bool:
 
 def _no_weights(directory: Path) -> CheckpointError:
     if (directory / ADAPTER_CONFIG).exists():
-        return UnsupportedCheckpoint(
+        return UnsupportedCheckpointError(
             f"{directory} is an adapter ({ADAPTER_CONFIG} is there, model weights are not); "
             "name the model that it was made for"
         )
     pickled = sorted(
-        path.name
-        for pattern in ("pytorch_model*.bin*", "*.pt", "*.pth")
-        for path in directory.glob(pattern)
+        path.name for pattern in ("pytorch_model*.bin*", "*.pt", "*.pth") for path in directory.glob(pattern)
     )
     if pickled:
-        return UnsupportedCheckpoint(
+        return UnsupportedCheckpointError(
             f"{directory} has its weights pickled ({pickled[0]}), which can run code when read; convert it with "
-            'transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)'
+            "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
-    return CheckpointError(
-        f"no safetensors weights in {directory}: expected {SINGLE_FILE} or {INDEX_FILE}"
-    )
+    return CheckpointError(f"no safetensors weights in {directory}: expected {SINGLE_FILE} or {INDEX_FILE}")

@@ -5,7 +5,7 @@
     SurgeryError                     1   anything below
     ├── OptionError                  2   an option's value is impossible, or two options contradict
     ├── CheckpointError              3   a model's files are missing, damaged or disagree with each other
-    │   └── UnsupportedCheckpoint    4   a sound checkpoint of a kind that cannot be operated on
+    │   └── UnsupportedCheckpointError    4   a sound checkpoint of a kind that cannot be operated on
     ├── TargetError                  5   no weight, or the wrong weights, would be adapted
     ├── NonFiniteError               6   NaN or infinity where arithmetic would spread it
     ├── AdapterError                 7   an adapter's files are missing, damaged or of an unknown kind
@@ -31,7 +31,7 @@ __all__ = [
     "StageError",
     "SurgeryError",
     "TargetError",
-    "UnsupportedCheckpoint",
+    "UnsupportedCheckpointError",
     "VerificationError",
 ]
 
@@ -61,7 +61,7 @@ class CheckpointError(SurgeryError):
     exit_code = 3
 
 
-class UnsupportedCheckpoint(CheckpointError):
+class UnsupportedCheckpointError(CheckpointError):
     """A sound checkpoint of a kind that cannot be operated on: quantized, pickled, an adapter."""
 
     exit_code = 4

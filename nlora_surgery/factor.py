@@ -425,7 +425,8 @@ def _pinv(matrix: Tensor, rtol: float) -> Tensor:
     # By SVD in fp64: r × r is small, and the inverse of an ill-conditioned core is no place to save bits.
     exact = matrix.to("cpu", torch.float64)
     rtol = max(rtol, len(exact) * torch.finfo(matrix.dtype).eps)
-    return torch.linalg.pinv(exact, rtol=rtol).to(matrix.device, matrix.dtype)
+    inverse: Tensor = torch.linalg.pinv(exact, rtol=rtol)
+    return inverse.to(matrix.device, matrix.dtype)
 
 
 def _condition(core: Tensor) -> float:

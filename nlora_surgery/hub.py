@@ -68,7 +68,9 @@ def _on_hub(name: str, call: Callable[[], Path]) -> Path:
     try:
         return call()
     except errors.GatedRepoError as error:
-        raise failed("its owner gives access on request; ask on its page, then log in with `hf auth login`", error) from error
+        raise failed(
+            "its owner gives access on request; ask on its page, then log in with `hf auth login`", error
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise failed(
             "there is no such local directory, and no such repository on the Hub that this login may see", error

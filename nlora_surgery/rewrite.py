@@ -40,7 +40,7 @@ from nlora_surgery.factor import TILE_BYTES, row_tiles
 from nlora_surgery.ranks import Ranks
 from nlora_surgery.staging import Stage, check_output, disk_errors
 
-__all__ = ["Edit", "Plan", "Progress", "compute_dtype", "resolve_devices", "rewrite"]
+__all__ = ["Edit", "Plan", "Progress", "compute_dtype", "resolve_devices", "rewrite", "single_threaded_torch"]
 
 _GPU_TILE_BYTES = 64 << 20
 _WORKERS_PER_GPU = 3  # one reads and uploads while one computes and one downloads and writes
@@ -333,10 +333,10 @@ class _Workspace:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.tile_bytes = TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def buffer(self, use: str, dtype: torch.dtype, shape: tuple[int, int], *, on_host: bool = False) -> Tensor:
+    def buffer(self, use: str, dtype: torch.dtype, shape: tuple[int, ...], *, on_host: bool = False) -> Tensor:
         """Uninitialized memory of that shape, the same one at each call with the same `use`."""
         count = math.prod(shape)
         flat = self._buffers.get((use, dtype))
@@ -362,7 +362,7 @@ class _Workspace:
         if self.stream is None:
             return view if self.device.type == "cpu" else view.to(self.device)
         resident = torch.empty(view.shape, dtype=view.dtype, device=self.device)
-        arrived = [torch.cuda.Event(), torch.cuda.Event()]
+        arrived = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         for index, rows in enumerate(row_tiles(view.shape, view.dtype.itemsize, self.tile_bytes)):
             half = index % 2
             arrived[half].synchronize()  # until its last upload is done, this half is not to be filled anew
@@ -384,7 +384,8 @@ class _Workspace:
 
 
 @contextlib.contextmanager
-def _single_threaded_torch() -> Iterator[None]:
+def single_threaded_torch() -> Iterator[None]:
+    """Sums in the order of one thread and in full precision, whatever the machine; for threads of our own."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")  # no TF32: it has fewer bits than the factors
@@ -443,7 +444,7 @@ def _run_units(
             progress.advance(count)
 
     remaining: dict[str, int] = {}
-    with _single_threaded_torch(), ThreadPoolExecutor(workers.count, "surgery", start_thread) as pool:
+    with single_threaded_torch(), ThreadPoolExecutor(workers.count, "surgery", start_thread) as pool:
         jobs: list[Future[None]] = []
 
         def submit(unit: _Unit, name: str | None, count: int, work: Callable[..., Any], *args: Any) -> None:
@@ -558,9 +559,9 @@ class _TensorWriter:
 
 
 def _norm(tile: Tensor, name: str, when: str = "") -> float:
-    norm = torch.linalg.vector_norm(tile).item()
+    norm = float(torch.linalg.vector_norm(tile))
     if not math.isfinite(norm):  # either it is so, or squares of huge numbers overflowed fp32
-        norm = torch.linalg.vector_norm(tile, dtype=torch.float64).item()
+        norm = float(torch.linalg.vector_norm(tile, dtype=torch.float64))
     if not math.isfinite(norm):
         if not when:
             raise NonFiniteError(
@@ -601,7 +602,7 @@ def _still_whole(plan: Plan, stage: Stage, unit: _Unit, record: Mapping[str, Any
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

@@ -137,7 +137,9 @@ class Stage:
             if found is None:
                 self._clear()
                 _write_atomically(self._identity, json.dumps(identity, indent=1))
-            elif not self.tree.exists() and (self.out / MANIFEST).exists() and not (self.directory / "replaced").exists():
+            elif (
+                not self.tree.exists() and (self.out / MANIFEST).exists() and not (self.directory / "replaced").exists()
+            ):
                 self.complete = True
                 return
             self.tree.mkdir(exist_ok=True)
@@ -154,8 +156,8 @@ class Stage:
             if os.path.lexists(self.out):
                 replaced = self.directory / "replaced"
                 shutil.rmtree(replaced, ignore_errors=True)
-                os.rename(self.out, replaced)
-            os.rename(self.tree, self.out)
+                self.out.rename(replaced)
+            self.tree.rename(self.out)
         self.discard()
 
     def discard(self) -> None:
@@ -231,4 +233,4 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)

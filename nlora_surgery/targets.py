@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nlora_surgery.checkpoint import Checkpoint, TensorInfo
-from nlora_surgery.errors import TargetError, UnsupportedCheckpoint
+from nlora_surgery.errors import TargetError, UnsupportedCheckpointError
 
 __all__ = ["Target", "choose_targets", "module_kind", "refuse_quantized", "target_modules_for"]
 
@@ -69,19 +69,19 @@ def refuse_quantized(checkpoint: Checkpoint, what: str = "factored") -> None:
         what: cannot be done with it, for the message.
 
     Raises:
-        UnsupportedCheckpoint: config.json has a quantization_config, or a tensor is such a companion.
+        UnsupportedCheckpointError: config.json has a quantization_config, or a tensor is such a companion.
     """
     for config in (checkpoint.config, checkpoint.config.get("text_config")):
         quantization = config.get("quantization_config") if isinstance(config, dict) else None
         if quantization:
             method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else "unnamed"
-            raise UnsupportedCheckpoint(
+            raise UnsupportedCheckpointError(
                 f"{checkpoint.directory} is quantized ({method}): its weights cannot be {what} as they lie; "
                 "use the checkpoint that it was quantized from"
             )
     for name in checkpoint.tensors:
         if name.endswith(_QUANTIZED_SUFFIXES):
-            raise UnsupportedCheckpoint(
+            raise UnsupportedCheckpointError(
                 f"{checkpoint.directory} is quantized (it holds {name!r}): its weights cannot be {what} as they "
                 "lie; use the checkpoint that it was quantized from"
             )
@@ -171,15 +171,11 @@ def _in_block(module: str) -> bool:
 def _special(module: str) -> bool:
     """A head or a router: linear, but not adapted unless it is named."""
     parts = module.split(".")
-    return bool(_ROUTER.fullmatch(parts[-1])) or any(
-        _HEAD.fullmatch(part) for part in parts if not _in_block(module)
-    )
+    return bool(_ROUTER.fullmatch(parts[-1])) or any(_HEAD.fullmatch(part) for part in parts if not _in_block(module))
 
 
 def _matching(pattern: str, modules: Mapping[str, str]) -> set[str]:
-    by_name = {
-        name for name, module in modules.items() if module == pattern or module.endswith(f".{pattern}")
-    }
+    by_name = {name for name, module in modules.items() if module == pattern or module.endswith(f".{pattern}")}
     if by_name or re.fullmatch(r"[\w.-]+", pattern):
         return by_name
     try:

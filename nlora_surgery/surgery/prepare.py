@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,8 +29,9 @@ from nlora_surgery.checkpoint import (
     FileLayout,
     TensorInfo,
 )
-from nlora_surgery.errors import NonFiniteError, OptionError, SurgeryError, UnsupportedCheckpoint
+from nlora_surgery.errors import NonFiniteError, OptionError, SurgeryError, UnsupportedCheckpointError
 from nlora_surgery.factor import Factors, delta_norm, factorize, row_tiles
+from nlora_surgery.manifest import read_manifest
 from nlora_surgery.options import (
     ADAPTER_DTYPES,
     FAMILY_NYSTROM,
@@ -43,10 +43,10 @@ from nlora_surgery.options import (
     FactorOptions,
 )
 from nlora_surgery.rewrite import Edit, Plan, Progress, compute_dtype, resolve_devices, rewrite
-from nlora_surgery.targets import Target, choose_targets, module_kind, refuse_quantized, target_modules_for
+from nlora_surgery.targets import Target, choose_targets, refuse_quantized, target_modules_for
 from nlora_surgery.version import VERSION
 
-__all__ = ["InitOptions", "InitPlan", "plan_init", "prepare", "summarize"]
+__all__ = ["InitOptions", "InitPlan", "plan_init", "prepare"]
 
 ADAPTER_FOLDER: Final = "adapter"
 _NO_FINGERPRINT: Final = "sha256:" + "0" * 64  # as long as a real one, which takes its place at the end
@@ -176,13 +176,13 @@ def plan_init(
         device: see `resolve_devices`; decides the bits of the result, hence the identity of a run.
 
     Raises:
-        OptionError, CheckpointError, UnsupportedCheckpoint, TargetError, NonFiniteError: see their classes.
+        OptionError, CheckpointError, UnsupportedCheckpointError, TargetError, NonFiniteError: see their classes.
     """
     options.check()
     device_kind = resolve_devices(device)[0].type
     source = Checkpoint.open(model)
     if (model / MANIFEST).exists():
-        raise UnsupportedCheckpoint(
+        raise UnsupportedCheckpointError(
             f"{model} is an output of nlora_surgery already (it has {MANIFEST}); name the original model"
         )
     refuse_quantized(source)
@@ -268,8 +268,7 @@ def prepare(
         max_memory=max_memory,
         progress=progress,
     )
-    manifest: dict[str, Any] = json.loads((plan.out / MANIFEST).read_text(encoding="utf-8"))
-    return manifest
+    return read_manifest(plan.out)
 
 
 def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
@@ -289,7 +288,7 @@ def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
             generator=_generator(options.seed, target.module),
             dtype=dtype,
         )
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         if not _is_finite(stored):
             raise _not_finite(target) from error
         raise SurgeryError(f"the decomposition of {target.tensor!r} did not converge: {error}") from error
@@ -299,14 +298,13 @@ def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
     if not all(map(_is_finite, _matrices(factors).values())):
         if all(map(_is_finite, _matrices(exact).values())):
             raise NonFiniteError(
-                target.tensor, f"a factor of {target.tensor!r} overflows {options.adapter_dtype}; use --adapter-dtype float32"
+                target.tensor,
+                f"a factor of {target.tensor!r} overflows {options.adapter_dtype}; use --adapter-dtype float32",
             )
         raise _not_finite(target)
     sides = {tensor_name(target.module, part): matrix for part, matrix in _matrices(factors).items()}
     if options.residual == "virtual" and options.subtracts:
-        sides |= {
-            tensor_name(target.module, f"{part}_initial"): matrix for part, matrix in _matrices(factors).items()
-        }
+        sides |= {tensor_name(target.module, f"{part}_initial"): matrix for part, matrix in _matrices(factors).items()}
     if options.factor.method in STARTS_AT_ZERO:
         return Edit(None, sides, {"delta_norm": 0.0})
 
@@ -331,9 +329,7 @@ def _matrices(factors: Factors) -> dict[str, Tensor]:
     return {"lora_A": factors.lora_A, **core, "lora_B": factors.lora_B}
 
 
-def _finish(
-    plan: InitPlan, by_tensor: Mapping[str, Target], tree: Path, records: Mapping[str, dict[str, Any]]
-) -> None:
+def _finish(plan: InitPlan, by_tensor: Mapping[str, Target], tree: Path, records: Mapping[str, dict[str, Any]]) -> None:
     """Write the adapter's configuration and the manifest into the staged directory."""
     if plan.engine.write_shards:
         with Checkpoint.open(tree) as written:  # what was staged must open like any checkpoint
@@ -360,6 +356,7 @@ def _finish(
                 "tensor": target.tensor,
                 "module": target.module,
                 "shape": [target.out_features, target.in_features],
+                "fan_in_fan_out": target.fan_in_fan_out,
                 "r": target.r,
                 "scaling": plan.config.scaling(target.module, target.r),
                 **_ratios(records[tensor]["figures"], plan.options),
@@ -401,63 +398,6 @@ def _ratios(figures: Mapping[str, Any], options: InitOptions) -> dict[str, Any]:
         ratios["condition"] = None  # a singular core; JSON has no infinity
         ratios["singular"] = True
     return ratios
-
-
-def summarize(manifest: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The manifest in a table and in words.
-
-    Args:
-        manifest: as `prepare` returns it.
-
-    Returns:
-        One row per module kind (`kind`, `count`, `r`, and means of `energy`, `delta_ratio`, `drift`), and the
-        warnings that a user should read.
-    """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for module in manifest["modules"]:
-        groups.setdefault(module_kind(module["module"]), []).append(module)
-    rows = []
-    for kind, modules in groups.items():
-        row: dict[str, Any] = {"kind": kind, "count": len(modules), "r": max(module["r"] for module in modules)}
-        for figure in ("energy", "delta_ratio", "drift"):
-            values = [module[figure] for module in modules if module[figure] is not None]
-            row[figure] = statistics.fmean(values) if values else None
-        rows.append(row)
-
-    modules, options = manifest["modules"], manifest["options"]
-    warnings = []
-    ratios = [module["delta_ratio"] for module in modules if module["delta_ratio"] is not None]
-    mean_ratio = statistics.fmean(ratios) if ratios else 0.0
-    conditions = [math.inf if module.get("singular") else module["condition"] or 0.0 for module in modules]
-    if options["method"] == "nystrom-pinv" and conditions:
-        warnings.append(
-            f"the cores that nystrom-pinv inverts are ill-conditioned (median condition {statistics.median(conditions):.1e}, "
-            f"worst {max(conditions):.1e}): singular values below {options['pinv_rtol']:g} of the largest were dropped; "
-            "nystrom-optimal is the stable choice"
-        )
-    if options["residual"] == "none" and mean_ratio:
-        warnings.append(
-            "nothing is subtracted (--residual none): the model starts as weight + delta, with ‖delta‖/‖weight‖ = "
-            f"{mean_ratio:.3g} on average; use --residual baked or virtual to start from the model itself"
-        )
-    elif options["residual"] == "baked" and mean_ratio > 1:
-        drifts = [module["drift"] for module in modules if module["drift"] is not None]
-        warnings.append(
-            f"the start is larger than the weights (‖delta‖/‖weight‖ = {mean_ratio:.3g} on average), so the stored "
-            f"residual is too and rounding it costs more: drift {statistics.fmean(drifts):.1e}; nystrom-optimal "
-            "and sketch keep it small, --residual virtual makes it zero"
-        )
-    clamped = [module["module"] for module in modules if module["r"] < options["rank"]]
-    if clamped:
-        warnings.append(
-            f"{len(clamped)} modules are smaller than rank {options['rank']} and got min(out, in) instead, as "
-            f"rank_pattern records: {clamped[0]}{', …' if len(clamped) > 1 else ''}"
-        )
-    if manifest["skipped"]:
-        warnings.append(f"left alone because not finite: {', '.join(manifest['skipped'])}")
-    if manifest["left_out"]:
-        warnings.append(f"not carried over, since they hold other weights: {', '.join(manifest['left_out'])}")
-    return rows, warnings
 
 
 # --- details ------------------------------------------------------------------------------------------

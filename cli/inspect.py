@@ -1,0 +1,105 @@
+"""`nlora_surgery inspect`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from nlora_surgery_cli.render import bytes_text, count_text, echo_json, echo_table, figure, figures_table, warn
+
+from nlora_surgery.errors import OptionError
+
+__all__ = ["command"]
+
+
+@click.command("inspect")
+@click.argument("path")
+@click.option("--rank", "-r", type=int, default=64, show_default=True, help="The rank whose cost is told.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def command(path: str, rank: int, as_json: bool) -> None:
+    """Say what PATH is (checkpoint, adapter, prepared), and what a rank costs.
+
+    PATH is a directory, or a Hub id.
+    """
+    if rank < 1:
+        raise OptionError(f"--rank must be at least 1, not {rank}")
+    from nlora_surgery.hub import fetch
+    from nlora_surgery.surgery.inspect import inspect
+
+    found = inspect(fetch(path), rank)
+    if as_json:
+        echo_json(found)
+        return
+    {"checkpoint": _echo_checkpoint, "adapter": _echo_adapter, "prepared": _echo_prepared}[found["kind"]](path, found)
+
+
+def _echo_checkpoint(path: str, found: dict[str, Any]) -> None:
+    size = sum(found["files"].values())
+    dtypes = ", ".join(f"{dtype} {count_text(count)}" for dtype, count in found["dtypes"].items())
+    click.echo(
+        f"{path}: a checkpoint ({found['model_type'] or 'no model_type'}), {count_text(found['parameters'])} "
+        f"parameters ({dtypes}), {found['tensors']} tensors in {len(found['files'])} files, {bytes_text(size)}"
+    )
+    for name in found["not_loaded"]:
+        warn(f"{name} holds other weights, which nothing here loads")
+    if "refused" in found:
+        warn(found["refused"])
+        return
+    rank, cost = found["rank"], found["cost"]
+    echo_table(
+        ("module", "in → out", "count", "parameters", f"adapter at r = {rank}"),
+        [
+            (
+                group["kind"],
+                f"{group['in_features']} → {group['out_features']}",
+                f"×{group['count']}",
+                count_text(group["parameters"]),
+                count_text(group["slora_parameters"]) + (f" (r = {group['r']})" if group["r"] < rank else ""),
+            )
+            for group in found["targets"]
+        ],
+    )
+    click.echo(
+        f"Trainable at r = {rank}: LoRA {count_text(cost['lora'])}, SLoRA and NLoRA {count_text(cost['slora'])}, "
+        f"IntTune {count_text(cost['inttune'])} ({cost['inttune'] / cost['lora']:.2%} of LoRA's). An adapter file "
+        f"takes {bytes_text(cost['adapter_bytes'])} in fp32."
+    )
+
+
+def _echo_adapter(path: str, found: dict[str, Any]) -> None:
+    residual = f", {found['residual']} residual" if found["residual"] else ""
+    scaling = "alpha / sqrt(r)" if found["use_rslora"] else "alpha / r"
+    click.echo(
+        f"{path}: an adapter ({found['format']}, {found['matrices']} matrices{residual}), "
+        f"{count_text(found['parameters'])} parameters ({', '.join(found['dtypes'])}), r = {found['r']}, "
+        f"lora_alpha = {found['lora_alpha']:g}, scaling {scaling}"
+    )
+    click.echo(
+        f"made for {found['base'] or 'a base it does not name'}, {found['base_fingerprint'] or 'no fingerprint'}"
+    )
+    echo_table(
+        ("module", "in → out", "count", "r", "scaling"),
+        [
+            (
+                group["kind"],
+                f"{group['in_features']} → {group['out_features']}",
+                f"×{group['count']}",
+                str(group["r"]),
+                figure(group["scaling"], "g"),
+            )
+            for group in found["modules"]
+        ],
+    )
+
+
+def _echo_prepared(path: str, found: dict[str, Any]) -> None:
+    options = found["options"]
+    click.echo(
+        f"{path}: prepared from {found['source']['name']} by {options['method']} ({options['sampling']} sampling, "
+        f"{options['scale_split']} split) at rank {options['rank']}, "
+        f"{options['residual']} residual, seed {options['seed']}"
+    )
+    echo_table(*figures_table(found["figures"]))
+    for text in found["warnings"]:
+        warn(text)
+    _echo_adapter(f"{path}/adapter", found["adapter"])

@@ -1,0 +1,155 @@
+"""inspect: what a directory holds, and what a rank would cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nlora_surgery.adapter import Adapter
+from nlora_surgery.checkpoint import ADAPTER_CONFIG, MANIFEST, Checkpoint
+from nlora_surgery.errors import UnsupportedCheckpointError
+from nlora_surgery.manifest import read_manifest, summarize
+from nlora_surgery.targets import Target, choose_targets, module_kind, refuse_quantized
+
+__all__ = ["inspect", "parameter_counts"]
+
+
+def parameter_counts(shapes: Iterable[tuple[int, int]], r: int) -> dict[str, int]:
+    """Trainable parameters at a rank, by kind of training.
+
+    Args:
+        shapes: (out, in) of each adapted module.
+        r: the rank; smaller modules count with min(out, in).
+
+    Returns:
+        `lora`: r (out + in) each; `slora`: r² more each; `inttune`: those r² alone.
+    """
+    sides = cores = 0
+    for out_features, in_features in shapes:
+        rank = min(r, out_features, in_features)
+        sides += rank * (out_features + in_features)
+        cores += rank * rank
+    return {"lora": sides, "slora": sides + cores, "inttune": cores}
+
+
+def inspect(directory: Path, r: int = 64) -> dict[str, Any]:
+    """Describe a checkpoint, an adapter or a prepared checkpoint, as JSON values.
+
+    Args:
+        directory: any of the three.
+        r: the rank whose cost is told.
+
+    Returns:
+        `kind` (`checkpoint`, `adapter` or `prepared`) and what belongs to it. A checkpoint has its
+        parameters and bytes, its `targets` by module kind and shape, and the `cost` of rank r (see
+        `parameter_counts`; `adapter_bytes` in fp32); an adapter its format, ranks, scalings and base; a
+        prepared checkpoint its method, its figures and its adapter.
+
+    Raises:
+        CheckpointError, AdapterError: the directory is none of them, or damaged.
+    """
+    if (directory / MANIFEST).exists():
+        return _prepared(directory)
+    if (directory / ADAPTER_CONFIG).exists():
+        return _adapter(directory)
+    with Checkpoint.open(directory) as checkpoint:
+        return _checkpoint(checkpoint, r)
+
+
+def _checkpoint(checkpoint: Checkpoint, r: int) -> dict[str, Any]:
+    dtypes: dict[str, int] = {}
+    parameters = 0
+    for info in checkpoint:
+        count = math.prod(info.shape)
+        parameters += count
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + count
+    described: dict[str, Any] = {
+        "kind": "checkpoint",
+        "model_type": checkpoint.config.get("model_type"),
+        "files": {name: layout.size_bytes for name, layout in checkpoint.files.items()},
+        "tensors": len(checkpoint.tensors),
+        "parameters": parameters,
+        "dtypes": dtypes,
+        "fingerprint": checkpoint.fingerprint(),
+        "not_loaded": checkpoint.other_files()[1],
+    }
+    try:
+        refuse_quantized(checkpoint)
+    except UnsupportedCheckpointError as reason:
+        return described | {"refused": str(reason)}
+    targets = choose_targets(checkpoint, r)
+    shapes = [(target.out_features, target.in_features) for target in targets]
+    cost = parameter_counts(shapes, r)
+    return described | {
+        "rank": r,
+        "targets": _grouped(targets),
+        "cost": cost | {"adapter_bytes": 4 * cost["slora"], "virtual_adapter_bytes": 8 * cost["slora"]},
+    }
+
+
+def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for target in targets:
+        key = module_kind(target.module), target.out_features, target.in_features
+        group = groups.setdefault(
+            key, {"kind": key[0], "in_features": key[2], "out_features": key[1], "r": target.r, "count": 0}
+        )
+        group["count"] += 1
+    for group in groups.values():
+        shape = group["out_features"], group["in_features"]
+        group["parameters"] = shape[0] * shape[1] * group["count"]
+        group["slora_parameters"] = parameter_counts([shape], group["r"])["slora"] * group["count"]
+    return list(groups.values())
+
+
+def _adapter(directory: Path) -> dict[str, Any]:
+    adapter = Adapter.open(directory)
+    modules = [adapter.shape(module) for module in adapter.parts]
+    counts: dict[tuple[str, int, int, int, float], int] = {}
+    for module in modules:
+        key = (
+            module_kind(module.module),
+            module.out_features,
+            module.in_features,
+            module.r,
+            adapter.scaling(module.module),
+        )
+        counts[key] = counts.get(key, 0) + 1
+    stored = {adapter.file.tensors[name].dtype for parts in adapter.parts.values() for name in parts.values()}
+    return {
+        "kind": "adapter",
+        "format": adapter.config.peft_type,
+        "matrices": 3 if adapter.three_matrix else 2,
+        "residual": adapter.config.residual,
+        "r": adapter.config.r,
+        "lora_alpha": adapter.config.lora_alpha,
+        "use_rslora": adapter.config.use_rslora,
+        "base": adapter.config.base_model_name_or_path,
+        "base_fingerprint": adapter.base_fingerprint,
+        "dtypes": sorted(stored),
+        "parameters": sum(
+            rows * columns
+            for module in modules
+            for rows, columns in module.parts(three_matrix=adapter.three_matrix).values()
+        ),
+        "modules": [
+            {"kind": kind, "in_features": n, "out_features": m, "r": r, "scaling": scaling, "count": count}
+            for (kind, m, n, r, scaling), count in counts.items()
+        ],
+    }
+
+
+def _prepared(directory: Path) -> dict[str, Any]:
+    manifest = read_manifest(directory)
+    rows, warnings = summarize(manifest)
+    return {
+        "kind": "prepared",
+        "options": manifest["options"],
+        "source": manifest["source"],
+        "base_fingerprint": manifest["base_fingerprint"],
+        "figures": rows,
+        "warnings": warnings,
+        "adapter": _adapter(directory / manifest["adapter"]["folder"]),
+    }
