@@ -159,20 +159,23 @@ def read_header(path: Path, name: str | None = None) -> FileLayout:
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
+        keys = [key for key, _ in pairs]
+        "".join(keys).encode()  # JSON can spell half of a surrogate pair, which no encoding can write again
         if len(entries) < len(pairs):
-            keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise damaged(f"its header has the name {twice!r} twice")
         return entries
 
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise damaged(f"its header is not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise damaged("its header is not a JSON object")
 
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:  # the safetensors library takes null for none, too
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged("its __metadata__ is not a map of strings")
     data_start = 8 + length
@@ -194,7 +197,7 @@ def read_header(path: Path, name: str | None = None) -> FileLayout:
 
 def _parse_entry(tensor: str, entry: Any, file: str, data_start: int, damaged: Any) -> TensorInfo:
     def is_size(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64
 
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -206,9 +209,8 @@ def _parse_entry(tensor: str, entry: Any, file: str, data_start: int, damaged: A
         raise damaged(f"tensor {tensor!r} has the impossible shape {shape!r}")
     if not is_size(begin) or not is_size(end) or begin > end:
         raise damaged(f"tensor {tensor!r} has the impossible data_offsets [{begin!r}, {end!r}]")
-    expected = math.prod(shape) * _BITS[dtype] // 8
-    if end - begin != expected:
-        raise damaged(f"tensor {tensor!r} takes {end - begin} bytes, but {dtype} {shape} needs {expected}")
+    if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise damaged(f"tensor {tensor!r} takes {end - begin} bytes, which {dtype} of shape {shape} does not")
     return TensorInfo(tensor, dtype, tuple(shape), file, data_start + begin, data_start + end)
 
 
@@ -261,7 +263,7 @@ def read_json(path: Path, error: type[CheckpointError] | type[Any] = CheckpointE
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as reason:
         raise error(f"cannot read {path}: {reason.strerror}") from reason
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as reason:
+    except (ValueError, RecursionError) as reason:  # not UTF-8, not JSON, or a number of thousands of digits
         raise error(f"{path} is not JSON ({reason}); restore it from where the model came from") from reason
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__}, expected an object")
@@ -409,7 +411,8 @@ class Checkpoint:
                 stale_index = name.endswith(_OTHER_INDEXES) and not (
                     relative == INDEX_FILE and SINGLE_FILE not in self.files
                 )
-                weights = path.suffix.lower() in _OTHER_WEIGHTS or stale_index
+                # An adapter's configuration goes with its weights, and in `adapter` it would be in the way of ours.
+                weights = path.suffix.lower() in _OTHER_WEIGHTS or stale_index or name == ADAPTER_CONFIG
                 (left_out if weights else carried).append(relative)
         return carried, left_out
 
@@ -463,8 +466,8 @@ def _read_weight_map(path: Path) -> dict[str, str]:
                 f"{path} puts {tensor!r} into {shard!r}, which is not the name of a file in its directory; "
                 "do not trust this checkpoint"
             )
-        if not (path.parent / shard).is_file():
-            raise CheckpointError(f"{path} names {shard}, but there is no such file; fetch it again")
+        if not os.path.isfile(path.parent / shard):  # noqa: PTH113  (Path.is_file raises if the name is too long)
+            raise CheckpointError(f"{path} names {shard!r}, but there is no such file; fetch it again")
     return weight_map
 
 

@@ -2,19 +2,19 @@
 
 ::
 
-    SurgeryError                     1   anything below
-    ├── OptionError                  2   an option's value is impossible, or two options contradict
-    ├── CheckpointError              3   a model's files are missing, damaged or disagree with each other
-    │   └── UnsupportedCheckpointError    4   a sound checkpoint of a kind that cannot be operated on
-    ├── TargetError                  5   no weight, or the wrong weights, would be adapted
-    ├── NonFiniteError               6   NaN or infinity where arithmetic would spread it
-    ├── AdapterError                 7   an adapter's files are missing, damaged or of an unknown kind
-    │   └── BaseMismatchError        7   an adapter and a base that do not belong together
-    ├── OutputError                  8   the output cannot be written
-    │   └── StageError               9   an unfinished run of this output is in the way
-    ├── VerificationError           10   what was written is not what was promised
-    ├── HubError                    11   the Hub could not be reached, or refused
-    └── MissingExtraError           12   an optional dependency is not installed
+    SurgeryError                         1   anything below
+    ├── OptionError                      2   an option's value is impossible, or two options contradict
+    ├── CheckpointError                  3   a model's files are missing, damaged or disagree with each other
+    │   └── UnsupportedCheckpointError   4   a sound checkpoint of a kind that cannot be operated on
+    ├── TargetError                      5   no weight, or the wrong weights, would be adapted
+    ├── NonFiniteError                   6   NaN or infinity where arithmetic would spread it
+    ├── AdapterError                     7   an adapter's files are missing, damaged or of an unknown kind
+    │   └── BaseMismatchError            7   an adapter and a base that do not belong together
+    ├── OutputError                      8   the output cannot be written
+    │   └── StageError                   9   an unfinished run of this output is in the way
+    ├── VerificationError               10   what was written is not what was promised
+    ├── HubError                        11   the Hub could not be reached, or refused
+    └── MissingExtraError               12   an optional dependency is not installed
 
 A message says what was found, what was expected and what to do, in one sentence where one is enough.
 """

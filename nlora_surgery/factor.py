@@ -25,6 +25,7 @@ from torch import Tensor
 from nlora_surgery.options import APPROXIMATIONS, FAMILY_NYSTROM, STARTS_AT_ZERO, FactorOptions, Sampling, ScaleSplit
 
 __all__ = [
+    "SVD",
     "Factors",
     "delta_norm",
     "factorize",
@@ -152,7 +153,7 @@ def sample_rows_and_columns(
         row_mass = torch.zeros(out_features, dtype=torch.float64)
         column_mass = torch.zeros(in_features, dtype=torch.float64)
         for tile in row_tiles(weight.shape, 8):
-            squares = weight[tile].to("cpu", torch.float64).square_()
+            squares = weight[tile].to("cpu", torch.float64).square()
             row_mass[tile] = squares.sum(1)
             column_mass += squares.sum(0)
         rows = _draw(row_mass, r, generator)
@@ -161,8 +162,8 @@ def sample_rows_and_columns(
 
 
 def _draw(mass: Tensor, r: int, generator: torch.Generator) -> Tensor:
-    # A floor lets rows of zeros be drawn last, where there are fewer than r others.
-    floor = torch.finfo(mass.dtype).eps * max(float(mass.max()), torch.finfo(mass.dtype).tiny)
+    # The least of floors lets rows of zeros be drawn, and drawn last, where there are fewer than r others.
+    floor = torch.finfo(mass.dtype).tiny
     return torch.multinomial(mass + floor, r, replacement=False, generator=generator)
 
 
@@ -182,7 +183,8 @@ def _samples(weight: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) 
     row_block = weight[:r] if torch.equal(rows, leading) else weight[rows]
     # A slice reads one page per row of a mapped file, just as an index does, but without an index's overhead.
     col_block = weight[:, :r] if torch.equal(columns, leading) else weight[:, columns]
-    return _Samples(col_block.to(dtype), row_block.to(dtype), row_block[:, columns].to(dtype))
+    # Copies, or who trains the factors in place would train the weight.
+    return _Samples(col_block.to(dtype, copy=True), row_block.to(dtype, copy=True), row_block[:, columns].to(dtype))
 
 
 def nystrom(weight: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Factors:
@@ -361,7 +363,8 @@ def factorize(
         options: the method and its parameters.
         scaling: alpha / r. Methods that approximate the weight divide by it, so that
             `scaling * lora_B @ lora_N @ lora_A` is the approximation whatever alpha is.
-        generator: a CPU generator; the same seed gives the same factors whatever the thread count.
+        generator: a CPU generator; the same seed gives the same samples and sketches whatever the thread count,
+            and so the same product up to rounding.
         dtype: to compute in, fp32 or fp64, and of the results.
 
     Returns:
@@ -370,6 +373,7 @@ def factorize(
     Raises:
         ValueError: r is out of range.
     """
+    weight = weight.detach()
     out_features, in_features = weight.shape
     if not 1 <= r <= min(out_features, in_features):
         raise ValueError(f"r = {r} is not within 1 and {min(out_features, in_features)} for {tuple(weight.shape)}")

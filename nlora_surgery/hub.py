@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from nlora_surgery.errors import CheckpointError, HubError
 __all__ = ["fetch"]
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@(?P<revision>[\w./-]+))?")
-_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot",
-            "onnx/*", "original/*"]  # fmt: skip
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx",
+            "*.ot", "*.npz", "*.pkl", "onnx/*", "original/*"]  # fmt: skip
+_SINGLE_FILE = "model.safetensors"
+_ADAPTERS = ["adapter_model.safetensors", "adapter/adapter_model.safetensors"]  # the second: in an output of init
 
 
 def fetch(name: str) -> Path:
@@ -31,12 +34,18 @@ def fetch(name: str) -> Path:
         CheckpointError: `name` is neither.
         HubError: the Hub could not be reached, or does not have it, or does not give it.
     """
+    if not name:
+        raise CheckpointError("the name of the model is empty")  # as a path it would be the current directory
     path = Path(name)
-    if path.is_dir():
+    try:
+        is_directory, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise CheckpointError(f"no model at {name}: {error.strerror}") from error
+    if is_directory:
         return path
     match = _REPO_ID.fullmatch(name)
-    if path.exists() or match is None or ".." in name:
-        found = "it is a file" if path.exists() else "no such directory, and a Hub id is written org/name"
+    if exists or match is None or ".." in name:
+        found = "it is a file" if exists else "no such directory, and a Hub id is written org/name"
         raise CheckpointError(f"no model at {name}: {found}")
     repo_id, revision = name.partition("@")[0], match["revision"]
     return _on_hub(name, lambda: _snapshot(repo_id, revision))
@@ -44,19 +53,34 @@ def fetch(name: str) -> Path:
 
 def _snapshot(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
 
-    directory = Path(snapshot_download(repo_id, revision=revision, ignore_patterns=_WEIGHTS))
-    index = directory / "model.safetensors.index.json"
-    wanted = ["model.safetensors", "adapter_model.safetensors"]
-    if index.exists():
-        try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, AttributeError):
-            shards = ()  # opening it says what is wrong
+    class Bar(tqdm):
+        """A progress bar that is drawn on a terminal only, as ours are."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{"disable": None, **kwargs})  # type: ignore[no-untyped-call]
+
+    directory = Path(snapshot_download(repo_id, revision=revision, ignore_patterns=_WEIGHTS, tqdm_class=Bar))
+
+    def add(patterns: list[str]) -> None:
+        # The revision is the commit just fetched: weights of a later one would not belong to this index.
+        snapshot_download(repo_id, revision=directory.name, allow_patterns=patterns, tqdm_class=Bar)
+
+    # The configurations are here already; they keep the client from warning that its patterns match nothing.
+    add([_SINGLE_FILE, *_ADAPTERS, "config.json", "adapter_config.json"])
+    if not (directory / _SINGLE_FILE).exists() and (shards := _shards(directory / f"{_SINGLE_FILE}.index.json")):
+        add(shards)
+    return directory
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; none where it is missing or damaged, which whoever opens it will say."""
+    try:
         # A pattern is all that these names become here; that they are plain is checked when it is opened.
-        wanted += sorted({str(shard) for shard in shards})
-    # The revision is the commit just fetched: weights of a later one would not belong to this index.
-    return Path(snapshot_download(repo_id, revision=directory.name, allow_patterns=wanted))
+        return sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def _on_hub(name: str, call: Callable[[], Path]) -> Path:
@@ -66,7 +90,8 @@ def _on_hub(name: str, call: Callable[[], Path]) -> Path:
         return HubError(f"cannot fetch {name}: {why} ({type(error).__name__})")
 
     try:
-        return call()
+        with _time_limit():
+            return call()
     except errors.GatedRepoError as error:
         raise failed(
             "its owner gives access on request; ask on its page, then log in with `hf auth login`", error
@@ -77,20 +102,60 @@ def _on_hub(name: str, call: Callable[[], Path]) -> Path:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise failed("the repository has no such revision", error) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise failed(
-            "there is no such local directory, the Hub cannot be reached (or offline mode is on), and the cache "
-            "does not hold it",
-            error,
-        ) from error
     except errors.HFValidationError as error:
         raise failed("that is not a valid repository id", error) from error
+    except errors.LocalEntryNotFoundError as error:
+        # Raised for whatever kept the client from the Hub, where its cache could not stand in.
+        cause = error.__cause__
+        if isinstance(cause, errors.HfHubHTTPError):
+            raise failed(_refusal(cause), cause) from error
+        state = "offline mode is on" if isinstance(cause, errors.OfflineModeIsEnabled) else "the Hub cannot be reached"
+        raise failed(
+            f"there is no such local directory, {state}, and the cache does not hold it, or not all of it", error
+        ) from error
     except errors.HfHubHTTPError as error:
-        raise failed(f"the Hub answered {_status(error)}; try again later", error) from error
-    except (errors.IncompleteSnapshotError, OSError, RuntimeError, ValueError) as error:
-        raise failed("the download broke off; run the same command again to go on with it", error) from error
+        raise failed(_refusal(error), error) from error
+    except Exception as error:
+        # A connection that broke, a full disk, an answer that is no Hub's, a login that cannot be sent: the client lets
+        # through whatever its HTTP library, its downloaders and its own reading of the answer raise.
+        if isinstance(error, OSError) and error.strerror:
+            place = f": {error.filename}" if error.filename else ""
+            raise failed(f"{error.strerror}{place}", error) from error
+        raise failed(
+            "the download broke off; run the same command again to go on with it, and look at HF_ENDPOINT and "
+            "HF_TOKEN if that does not help",
+            error,
+        ) from error
 
 
-def _status(error: Any) -> str:
-    response = getattr(error, "response", None)
-    return f"with status {response.status_code}" if response is not None else "with an error"
+def _refusal(error: Any) -> str:
+    """What an answer that is an error means for the user."""
+    status = error.response.status_code
+    if status in {401, 403}:
+        return f"the Hub refuses access with status {status}; log in with `hf auth login`, or correct HF_TOKEN"
+    return f"the Hub answered with status {status}; try again later"
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Limit the requests that have no time limit, as huggingface_hub's for the list of files have none.
+
+    Such a request would wait for ever where a network swallows the answer. The limit is the one that
+    huggingface_hub has for the others: ten seconds without a byte, or `HF_HUB_DOWNLOAD_TIMEOUT`.
+    """
+    from huggingface_hub import constants, get_session
+
+    def limit(request: Any) -> None:
+        limits = request.extensions["timeout"]
+        request.extensions["timeout"] = {
+            phase: constants.HF_HUB_DOWNLOAD_TIMEOUT if seconds is None else seconds
+            for phase, seconds in limits.items()
+        }
+
+    session = get_session()
+    hooks = session.event_hooks
+    session.event_hooks = {**hooks, "request": [*hooks["request"], limit]}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks

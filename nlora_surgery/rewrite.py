@@ -181,8 +181,8 @@ def rewrite(
         plan: what is to be written.
         edit: called with each tensor of `plan.edits`, on the device that computes; in several threads.
         finish: called once, before the commit, with the staged directory and for each of `plan.edits` its
-            `figures` and the `checksums` (CRC-32, by tensor) of what was written for it; writes what is left
-            (configuration, manifest).
+            `figures` and the `checksums` (CRC-32, by tensor) of what was written for it; writes what is left:
+            configuration, and the manifest with `staging.run_id(plan.identity)` as its `run`.
         device: see `resolve_devices`.
         overwrite: replace an earlier output, and an unfinished one of another command.
         max_memory: bytes that buffers may take in all; fewer threads are used to keep it.
@@ -246,7 +246,7 @@ def _open_stage(plan: Plan, stage: Stage, overwrite: bool) -> None:
     try:
         check_output(plan.out, [plan.source.directory], overwrite=overwrite)
     except OutputError:
-        # Killed between the commit and the tidying up: the output is there, and so is the stage's identity.
+        # Killed between the commit and the tidying up: the output is there, and so is what is left of the stage.
         if overwrite or not exists or not stage.directory.exists():
             raise
         stage.acquire(plan.identity, overwrite=False)
@@ -269,10 +269,11 @@ def _open_stage(plan: Plan, stage: Stage, overwrite: bool) -> None:
         for layout in [*layouts, *([plan.side] if plan.side else [])]:
             path = stage.tree / layout.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab") as file:
-                os.truncate(path, layout.size_bytes)
-            with open(path, "r+b") as file:
+            if path.exists() and path.stat().st_size == layout.size_bytes and stage.finished:
+                continue  # left by the run that this one goes on with, header and all
+            with open(path, "wb") as file:
                 file.write(layout.header)
+                file.truncate(layout.size_bytes)
 
 
 def _units(plan: Plan) -> list[_Unit]:
@@ -464,7 +465,10 @@ def _run_units(
             whole = pool.map(
                 lambda unit: unit.name in finished and _still_whole(plan, stage, unit, finished[unit.name]), units
             )
-            for unit, is_whole in zip(units, list(whole), strict=True):
+            whole_units = list(whole)
+            if any(whole_units):
+                progress.notice(f"going on with an earlier run: {sum(whole_units)} of {len(units)} shards are finished")
+            for unit, is_whole in zip(units, whole_units, strict=True):
                 if is_whole:
                     records[unit.name] = finished[unit.name]
                     progress.advance(unit.size_bytes)

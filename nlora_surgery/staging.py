@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from typing import Any
 from nlora_surgery.checkpoint import MANIFEST
 from nlora_surgery.errors import OutputError, StageError
 
-__all__ = ["Stage", "check_output", "describe_os_error", "disk_errors"]
+__all__ = ["Stage", "check_output", "describe_os_error", "disk_errors", "run_id"]
 
 
 def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
@@ -45,7 +46,7 @@ def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
         OutputError: `out` is, holds or lies in an input; it exists and `overwrite` is off; or it exists and
             is neither empty nor an earlier output.
     """
-    resolved = out.resolve()
+    resolved = Path(os.path.realpath(out))  # Path.resolve raises on a loop of links
     for source in (path.resolve() for path in inputs):
         if resolved == source:
             raise OutputError(f"the output {out} is the source itself; name another directory with -o")
@@ -57,7 +58,13 @@ def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"{out} exists and is not a directory; name another output with -o")
-    empty = not any(out.iterdir())
+    with disk_errors(out):
+        here, empty = Path.cwd(), not any(out.iterdir())
+    if resolved == here or resolved in here.parents:
+        raise OutputError(
+            f"the output {out} is or holds the directory that you are in, which cannot be replaced; name another "
+            "with -o"
+        )
     if not overwrite and not empty:
         raise OutputError(f"{out} exists; name another output with -o, or replace it with --overwrite")
     if not empty and not (out / MANIFEST).exists():
@@ -87,6 +94,11 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise describe_os_error(error, out) from error
+
+
+def run_id(identity: Mapping[str, Any]) -> str:
+    """A short name of everything that decides what a command writes; stands as `run` in the manifest."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Stage:
@@ -124,6 +136,9 @@ class Stage:
         with disk_errors(self.out):
             self._make_directory()
             self._take_lock()
+            if not overwrite and self._committed(identity) and not self.tree.exists():
+                self.complete = True
+                return
             found = self._read_identity()
             if found is not None and found != json.loads(json.dumps(identity)):
                 if not overwrite:
@@ -137,11 +152,6 @@ class Stage:
             if found is None:
                 self._clear()
                 _write_atomically(self._identity, json.dumps(identity, indent=1))
-            elif (
-                not self.tree.exists() and (self.out / MANIFEST).exists() and not (self.directory / "replaced").exists()
-            ):
-                self.complete = True
-                return
             self.tree.mkdir(exist_ok=True)
             self._read_journals()
 
@@ -153,11 +163,17 @@ class Stage:
     def commit(self) -> None:
         """Make the tree the output, in one rename, and tidy up."""
         with disk_errors(self.out):
-            if os.path.lexists(self.out):
-                replaced = self.directory / "replaced"
+            replaced = self.directory / "replaced"
+            replaces = os.path.lexists(self.out)
+            if replaces:
                 shutil.rmtree(replaced, ignore_errors=True)
                 self.out.rename(replaced)
-            self.tree.rename(self.out)
+            try:
+                self.tree.rename(self.out)
+            except OSError:
+                if replaces:
+                    replaced.rename(self.out)  # or discarding the stage would take it away
+                raise
         self.discard()
 
     def discard(self) -> None:
@@ -166,15 +182,10 @@ class Stage:
             return
         for path in (self.tree, self.directory / "replaced"):
             shutil.rmtree(path, ignore_errors=True)
-        # The identity goes last: a kill before that still finds a stage that is known to be complete.
-        others = [path for path in self.directory.glob("*") if path != self._identity]
-        for path in [*others, self._identity]:
+        for path in self.directory.glob("*"):
             path.unlink(missing_ok=True)
         self.release()
-        with contextlib.suppress(OSError):  # a second process may have put its lock there in the meantime
-            self.directory.rmdir()
-            for parent in self._made:
-                parent.rmdir()
+        self._remove_directories()
 
     def release(self) -> None:
         """Let another process have the stage."""
@@ -191,8 +202,18 @@ class Stage:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._made = missing
 
+    def _remove_directories(self) -> None:
+        with contextlib.suppress(OSError):  # a second process may have put its lock there in the meantime
+            self.directory.rmdir()
+            for parent in self._made:
+                parent.rmdir()
+
     def _take_lock(self) -> None:
-        lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            self._remove_directories()
+            raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -202,6 +223,13 @@ class Stage:
         os.truncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self._lock = lock
+
+    def _committed(self, identity: Mapping[str, Any]) -> bool:
+        try:
+            manifest = json.loads((self.out / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(manifest, dict) and manifest.get("run") == run_id(identity)
 
     def _read_identity(self) -> dict[str, Any] | None:
         try:

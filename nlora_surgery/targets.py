@@ -131,7 +131,7 @@ def choose_targets(
     if not chosen:
         raise TargetError("--exclude takes away every target; nothing is left to adapt")
 
-    conv1d_family = checkpoint.config.get("model_type") in _CONV1D_FAMILIES
+    conv1d_family = str(checkpoint.config.get("model_type")) in _CONV1D_FAMILIES
     targets = []
     for info in linears:
         if info.name not in chosen:
@@ -180,7 +180,7 @@ def _matching(pattern: str, modules: Mapping[str, str]) -> set[str]:
         return by_name
     try:
         expression = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise TargetError(f"{pattern!r} is neither a module name nor a regular expression: {error}") from error
     return {name for name, module in modules.items() if expression.fullmatch(module)}
 

@@ -43,6 +43,7 @@ from nlora_surgery.options import (
     FactorOptions,
 )
 from nlora_surgery.rewrite import Edit, Plan, Progress, compute_dtype, resolve_devices, rewrite
+from nlora_surgery.staging import run_id
 from nlora_surgery.targets import Target, choose_targets, refuse_quantized, target_modules_for
 from nlora_surgery.version import VERSION
 
@@ -84,8 +85,8 @@ class InitOptions:
         Raises:
             OptionError: with the option's name, what was found and what is possible.
         """
-        if self.rank < 1:
-            raise OptionError(f"--rank must be at least 1, not {self.rank}")
+        if not 1 <= self.rank < 1 << 31:
+            raise OptionError(f"--rank must be at least 1 and below 2^31, not {self.rank}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise OptionError(f"--alpha must be positive and finite, not {self.alpha}")
         if self.factor.oversampling < 0 or (self.factor.power_steps or 0) < 0:
@@ -180,11 +181,11 @@ def plan_init(
     """
     options.check()
     device_kind = resolve_devices(device)[0].type
-    source = Checkpoint.open(model)
     if (model / MANIFEST).exists():
         raise UnsupportedCheckpointError(
             f"{model} is an output of nlora_surgery already (it has {MANIFEST}); name the original model"
         )
+    source = Checkpoint.open(model)
     refuse_quantized(source)
     source_name = source_name or str(model)
     targets = choose_targets(source, options.rank, options.targets, options.exclude)
@@ -291,17 +292,22 @@ def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         if not _is_finite(stored):
             raise _not_finite(target) from error
-        raise SurgeryError(f"the decomposition of {target.tensor!r} did not converge: {error}") from error
+        raise SurgeryError(
+            f"the decomposition of {target.tensor!r} did not converge; choose another method or --exclude the module "
+            f"({error})"
+        ) from error
 
     # The residual is taken from the factors as they are stored, so that rounding them costs nothing.
     factors = exact.to(getattr(torch, options.adapter_dtype))
     if not all(map(_is_finite, _matrices(factors).values())):
-        if all(map(_is_finite, _matrices(exact).values())):
+        if not _is_finite(stored):
+            raise _not_finite(target)
+        if options.adapter_dtype != "float32" and all(map(_is_finite, _matrices(exact).values())):
             raise NonFiniteError(
                 target.tensor,
                 f"a factor of {target.tensor!r} overflows {options.adapter_dtype}; use --adapter-dtype float32",
             )
-        raise _not_finite(target)
+        raise _overflow(target, "its factors overflow")
     sides = {tensor_name(target.module, part): matrix for part, matrix in _matrices(factors).items()}
     if options.residual == "virtual" and options.subtracts:
         sides |= {tensor_name(target.module, f"{part}_initial"): matrix for part, matrix in _matrices(factors).items()}
@@ -309,7 +315,13 @@ def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
         return Edit(None, sides, {"delta_norm": 0.0})
 
     left, right = factors.sides(scaling, dtype)
-    figures = {"delta_norm": delta_norm(left, right), "condition": exact.condition}
+    size = delta_norm(left, right)
+    if not 0 < size < math.inf:  # the squares of huge numbers, or of tiny ones, are beyond the compute dtype
+        tiles = row_tiles((len(left), right.shape[1]), dtype.itemsize)
+        if not all(bool((left[rows] @ right).isfinite().all()) for rows in tiles):
+            raise _overflow(target, "scaling times the product of its factors overflows")
+        size = delta_norm(left.to("cpu", torch.float64), right.to("cpu", torch.float64))
+    figures = {"delta_norm": size, "condition": exact.condition}
     sign = 1 if options.residual == "none" else -1
     return Edit(_low_rank_update(left, right, sign, target) if plan.engine.needs_whole else None, sides, figures)
 
@@ -345,6 +357,7 @@ def _finish(plan: InitPlan, by_tensor: Mapping[str, Target], tree: Path, records
         "format": 1,
         "tool": {"name": "nlora_surgery", "version": VERSION},
         "command": "init",
+        "run": run_id(plan.engine.identity),
         "options": _plain_options(plan.options),
         "source": {"name": plan.source_name, "fingerprint": plan.engine.identity["source"]},
         "base_fingerprint": base_fingerprint,
@@ -489,6 +502,13 @@ def _not_finite(target: Target) -> NonFiniteError:
     return NonFiniteError(
         target.tensor,
         f"weight {target.tensor!r} holds NaN or infinity; repair it, or leave it out with --allow-nonfinite",
+    )
+
+
+def _overflow(target: Target, what: str) -> NonFiniteError:
+    return NonFiniteError(
+        target.tensor,
+        f"weight {target.tensor!r} is finite, but {what}; choose another method or --alpha, or --exclude the module",
     )
 
 

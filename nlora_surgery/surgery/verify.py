@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -254,8 +255,7 @@ def _check_target(prepared: Prepared, original: Checkpoint, module: Mapping[str,
         error = (held - exact).add_(delta[0][rows] @ delta[1]).abs_()
         if changed:
             bound = half_ulp(held, weight.dtype)
-            bound += product_share * (magnitude[0][rows] @ magnitude[1])
-            bound += weight_share * exact.abs()
+            bound += product_share * (magnitude[0][rows] @ magnitude[1]) + weight_share * exact.abs()
             # 0 / 0 is no error; anything else over 0, and NaN, is beyond every bound.
             share = torch.where(error == 0, 0.0, error / bound)
         else:
@@ -396,15 +396,18 @@ def _load(directory: Path) -> Any:
 def _inputs(directory: Path, prompts: Sequence[str]) -> list[Tensor]:
     from transformers import AutoTokenizer
 
-    try:
+    encoded: list[Tensor] = []
+    # A directory without tokenizer files may raise any of these, or give a tokenizer that knows no token.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or none that loads
-        config = read_json(directory / "config.json")
-        size = int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 100))
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randint(size, (1, 16), generator=generator) for _ in prompts]
-    encoded = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
-    return [ids for ids in encoded if ids.numel()]
+        encoded = [tokenizer(prompt, return_tensors="pt").input_ids.long() for prompt in prompts]
+    encoded = [ids for ids in encoded if ids.numel()]
+    if encoded:
+        return encoded
+    config = read_json(directory / "config.json")
+    size = int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 100))
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(size, (1, 16), generator=generator) for _ in prompts]
 
 
 def _logits(model: Any, inputs: Sequence[Tensor]) -> Tensor:
@@ -438,16 +441,24 @@ def _apply_adapter(model: Any, prepared: Prepared) -> None:
 
 
 def _round_once_more(model: Any, prepared: Prepared) -> None:
+    """Move every stored weight of the model at random, within what rounding and fp32 arithmetic can do to it."""
     if prepared.base is None or prepared.starts_at_zero:
-        return  # nothing was rounded, so nothing may differ
+        return  # nothing was rounded and nothing is added, so nothing may differ
     generator = torch.Generator().manual_seed(0)
+    unit = torch.finfo(torch.float32).eps / 2
     with torch.inference_mode():
         for entry in prepared.manifest["modules"]:
             stored = prepared.base.tensor(entry["tensor"])
-            bound = half_ulp(stored, stored.dtype)
+            _, magnitude = _effective_delta(prepared, entry["module"])
+            left, right = _transposed(magnitude) if entry["fan_in_fan_out"] else magnitude
+            exact, r = stored.double(), entry["r"]
+            bound = half_ulp(exact, stored.dtype)
+            # The model's own arithmetic: an fp32 weight is not rounded any further, but the path through the
+            # adapter is another order of summation than the one weight that the original has.
+            bound += _gamma(2 * r + 2, unit) * (left @ right) + _gamma(r + 1, unit) * exact.abs()
             noise = torch.rand(stored.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).mul_(bound)
             parameter = _submodule(model, entry["module"]).weight
-            parameter.copy_((stored.double() + noise).to(parameter.dtype))
+            parameter.copy_((exact + noise).to(parameter.dtype))
 
 
 def _submodule(model: Any, module: str) -> Any:
