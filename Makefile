@@ -24,7 +24,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python benchmarks/init.py
+	$(BIN)/python benchmarks/init.py --json bench-data/init.json
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

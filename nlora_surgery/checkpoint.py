@@ -273,7 +273,7 @@ def read_json(path: Path, error: type[CheckpointError] | type[Any] = CheckpointE
 class Checkpoint:
     """A directory of safetensors files, opened for reading.
 
-    Use as a context manager, or call `close`; tensors handed out stay valid until then.
+    Use as a context manager, or call `close`; tensors handed out stay valid after that, too.
 
     Attributes:
         directory: where it lies.
@@ -435,13 +435,11 @@ class Checkpoint:
         return f"sha256:{digest.hexdigest()}"
 
     def close(self) -> None:
-        """Drop the mappings that no tensor still uses."""
-        for mapped in self._maps.values():
-            # A view is still alive: the mapping goes when it does.
-            try:
-                mapped.close()
-            except BufferError:
-                continue
+        """Let go of the mappings; each goes when the last view of it does.
+
+        They are not closed: that would take the memory away under a tensor, which holds a reference to its
+        mapping but no export of its buffer.
+        """
         self._maps.clear()
 
     def __enter__(self) -> Checkpoint:

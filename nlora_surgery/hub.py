@@ -116,16 +116,8 @@ def _on_hub(name: str, call: Callable[[], Path]) -> Path:
     except errors.HfHubHTTPError as error:
         raise failed(_refusal(error), error) from error
     except Exception as error:
-        # A connection that broke, a full disk, an answer that is no Hub's, a login that cannot be sent: the client lets
-        # through whatever its HTTP library, its downloaders and its own reading of the answer raise.
-        if isinstance(error, OSError) and error.strerror:
-            place = f": {error.filename}" if error.filename else ""
-            raise failed(f"{error.strerror}{place}", error) from error
-        raise failed(
-            "the download broke off; run the same command again to go on with it, and look at HF_ENDPOINT and "
-            "HF_TOKEN if that does not help",
-            error,
-        ) from error
+        # The client lets through whatever its HTTP library, its downloaders and its own reading of the answer raise.
+        raise failed(_breakage(error), error) from error
 
 
 def _refusal(error: Any) -> str:
@@ -134,6 +126,15 @@ def _refusal(error: Any) -> str:
     if status in {401, 403}:
         return f"the Hub refuses access with status {status}; log in with `hf auth login`, or correct HF_TOKEN"
     return f"the Hub answered with status {status}; try again later"
+
+
+def _breakage(error: Exception) -> str:
+    """What an error that is no answer means for the user."""
+    if isinstance(error, OSError) and error.strerror:  # of the cache: a full disk, a folder that is not ours
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, ValueError | TypeError | LookupError | AssertionError):
+        return "what answers there is not a Hub, or the login cannot be sent; correct HF_ENDPOINT or HF_TOKEN"
+    return "the download broke off; run the same command again to go on with it"
 
 
 @contextmanager

@@ -414,6 +414,9 @@ def _run_units(
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Do these units, or find them done; return their records."""
+    memory = _MemoryGrowth()
+    each = workers.bytes_each(workers.devices[0], plan)
+    progress.notice(f"buffers of {workers.count} threads: {workers.count * each / 1e6:.0f} MB at most")
     progress.start(sum(unit.size_bytes for unit in units))
     free_devices: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
     for index in range(workers.count):
@@ -443,6 +446,7 @@ def _run_units(
             if remaining[unit.name] == 0:
                 stage.record(unit.name, records[unit.name])
             progress.advance(count)
+            memory.look()
 
     remaining: dict[str, int] = {}
     with single_threaded_torch(), ThreadPoolExecutor(workers.count, "surgery", start_thread) as pool:
@@ -489,7 +493,37 @@ def _run_units(
             error = None if job.cancelled() else job.exception()
             if error is not None and not isinstance(error, _Canceled):
                 raise error
+    if memory.peak_bytes is not None:
+        progress.notice(f"anonymous memory grew by {memory.peak_bytes / 1e6:.0f} MB at most")
     return records
+
+
+class _MemoryGrowth:
+    """How much anonymous memory this process has taken since it began to look.
+
+    Mapped files do not count: the kernel takes their pages back whenever it needs them.
+
+    Attributes:
+        peak_bytes: the most that any look saw; None where the system does not tell.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._anonymous()
+        self.peak_bytes: int | None = None
+
+    def look(self) -> None:
+        now = self._anonymous()
+        if now is not None and self._start is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, now - self._start)
+
+    @staticmethod
+    def _anonymous() -> int | None:
+        try:
+            with open("/proc/self/status", encoding="ascii") as status:
+                line = next((line for line in status if line.startswith("RssAnon:")), None)
+        except OSError:
+            return None
+        return None if line is None else int(line.split()[1]) * 1024
 
 
 class _TensorWriter:

@@ -233,19 +233,21 @@ class Stage:
 
     def _read_identity(self) -> dict[str, Any] | None:
         try:
-            identity: dict[str, Any] = json.loads(self._identity.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            identity = json.loads(self._identity.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
             return None
-        return identity
+        return identity if isinstance(identity, dict) else None
 
     def _read_journals(self) -> None:
         for path in sorted(self.directory.glob("journal-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line that the kill cut short: its unit is done again
-                self.finished[record.pop("unit")] = record
+                    unit = record.pop("unit")
+                except (ValueError, TypeError, AttributeError, LookupError):
+                    continue  # the line that a kill cut short, or a power failure damaged: its unit is done again
+                if isinstance(unit, str):
+                    self.finished[unit] = record
 
     def _clear(self) -> None:
         shutil.rmtree(self.tree, ignore_errors=True)

@@ -182,7 +182,7 @@ def test_another_command_does_not_mix(model: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         prepare(plan_init(model, Path("out"), OPTIONS), progress=_Stop(9, KeyboardInterrupt))
     other = InitOptions(rank=9, factor=FactorOptions(method="sketch"), adapter_dtype="bfloat16")
-    with pytest.raises(StageError, match="unfinished run of another command.*rank was 8, now 9"):
+    with pytest.raises(StageError, match=r"unfinished run of another command.*rank was 8, now 9"):
         prepare(plan_init(model, Path("out"), other))
     assert (tmp_path / ".out.nlora-stage").exists(), "the refused command removed the other's work"
     prepare(plan_init(model, Path("out"), other), overwrite=True)

@@ -493,9 +493,8 @@ def _factor_bytes(target: Target, source: Checkpoint, options: InitOptions) -> i
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if tensor.ndim != 2:
-        return bool(tensor.isfinite().all())
-    return all(bool(tensor[rows].isfinite().all()) for rows in row_tiles(tensor.shape, tensor.dtype.itemsize))
+    # aminmax passes NaN on, makes no temporary, and is many times faster than isfinite().all().
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def _not_finite(target: Target) -> NonFiniteError:

@@ -454,8 +454,9 @@ def _round_once_more(model: Any, prepared: Prepared) -> None:
             exact, r = stored.double(), entry["r"]
             bound = half_ulp(exact, stored.dtype)
             # The model's own arithmetic: an fp32 weight is not rounded any further, but the path through the
-            # adapter is another order of summation than the one weight that the original has.
-            bound += _gamma(2 * r + 2, unit) * (left @ right) + _gamma(r + 1, unit) * exact.abs()
+            # adapter is another order of summation than the one weight that the original has. n roundings add
+            # up to about sqrt(n) of one (Higham and Mary 2019); γ(n) is for bounds, not for what is typical.
+            bound += unit * (math.sqrt(2 * r + 2) * (left @ right) + math.sqrt(r + 1) * exact.abs())
             noise = torch.rand(stored.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).mul_(bound)
             parameter = _submodule(model, entry["module"]).weight
             parameter.copy_((exact + noise).to(parameter.dtype))
