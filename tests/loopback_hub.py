@@ -1,0 +1,349 @@
+"""A Hub on the loopback interface: the part of its HTTP interface that huggingface_hub uses to download.
+
+A test adds repositories from local directories, points `HF_ENDPOINT` at `LoopbackHub.endpoint`, and reads
+from `LoopbackHub.requests` what the client asked for. `LoopbackHub.fail` makes chosen requests go wrong.
+
+Each route is a method from a request to an `Answer` and stands in `_ROUTES`; the handler below only moves
+bytes. Repositories are commits of immutable files under named references, so that a route which takes
+uploads has a commit to add and a reference to move, and nothing else to change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from email.message import Message
+from fnmatch import fnmatchcase
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+__all__ = ["Answer", "LoopbackHub", "Request"]
+
+# What the Hub keeps in LFS, by its default .gitattributes: such files have a SHA-256 for an ETag, others
+# their git hash.
+_LFS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+
+
+class Request(NamedTuple):
+    """One request, as it came.
+
+    Attributes:
+        method: `GET` for instance.
+        path: percent-decoded, without the query.
+        headers: as sent; look-ups ignore case.
+        body: empty for what has none.
+        target: the undecoded path, in which a `/` inside a revision is still `%2F`.
+    """
+
+    method: str
+    path: str
+    headers: Message
+    body: bytes
+    target: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A status, headers and a body; the length is added when it is sent."""
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    @classmethod
+    def json(cls, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+        return cls(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
+
+    @classmethod
+    def error(cls, status: int, code: str | None, text: str, headers: Mapping[str, str] | None = None) -> Answer:
+        """As the Hub says it: a code for programs in a header, a text in the header and in the body."""
+        codes = {} if code is None else {"X-Error-Code": code}
+        return cls.json({"error": text}, status, {**codes, "X-Error-Message": text, **(headers or {})})
+
+
+class _File:
+    """The content of a file in a commit, with the hashes that the Hub names it by."""
+
+    def __init__(self, path: str, content: bytes) -> None:
+        self.content = content
+        self.blob_id = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        self.sha256 = hashlib.sha256(content).hexdigest() if Path(path).suffix in _LFS else None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.sha256 is None:
+            return {"ETag": f'"{self.blob_id}"'}
+        quoted = f'"{self.sha256}"'
+        return {"ETag": quoted, "X-Linked-Etag": quoted, "X-Linked-Size": str(len(self.content))}
+
+    def entry(self, path: str) -> dict[str, Any]:
+        """The file in an answer of `tree`."""
+        size = len(self.content)
+        lfs = {} if self.sha256 is None else {"lfs": {"oid": self.sha256, "size": size, "pointerSize": 130}}
+        return {"type": "file", "path": path, "size": size, "oid": self.blob_id, **lfs}
+
+
+_Commit = dict[str, _File]
+
+
+@dataclass
+class _Repo:
+    """Commits by hash, and references (branches and tags) by name."""
+
+    commits: dict[str, _Commit] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, ref: str, files: _Commit) -> str:
+        names = "".join(f"{path} {file.blob_id}\n" for path, file in sorted(files.items()))
+        commit = hashlib.sha1(names.encode()).hexdigest()
+        self.commits[commit] = files
+        self.refs[ref] = commit
+        return commit
+
+
+@dataclass
+class _Fault:
+    pattern: str
+    method: str | None
+    answer: Answer | None
+    cut_after: int | None
+    hang: bool
+    call: Callable[[], object] | None
+    times: float
+
+    def matches(self, request: Request) -> bool:
+        return self.method in {None, request.method} and fnmatchcase(request.path, self.pattern)
+
+
+class LoopbackHub:
+    """The server; a context manager, which starts it and stops it.
+
+    Attributes:
+        requests: every request in the order of arrival, the ones that were made to fail too.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self._repos: dict[str, _Repo] = {}
+        self._faults: list[_Fault] = []
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.hub = self
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def endpoint(self) -> str:
+        """The value for `HF_ENDPOINT`."""
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> LoopbackHub:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def add_repo(self, repo_id: str, directory: Path, revisions: Mapping[str, Path] | None = None) -> str:
+        """Serve a directory as it is now; a later call for the same repository adds commits to it.
+
+        Args:
+            repo_id: `org/name`.
+            directory: the files of `main`.
+            revisions: directories of further branches or tags, by name.
+
+        Returns:
+            The hash of the commit that `main` now is.
+        """
+        repo = self._repos.setdefault(repo_id, _Repo())
+        for name, tree in (revisions or {}).items():
+            repo.commit(name, _read(tree))
+        return repo.commit("main", _read(directory))
+
+    def fail(
+        self,
+        pattern: str,
+        *,
+        method: str | None = None,
+        status: int | None = None,
+        error_code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        cut_after: int | None = None,
+        hang: bool = False,
+        call: Callable[[], object] | None = None,
+        times: float = float("inf"),
+    ) -> None:
+        """Make requests go wrong. Of several faults that match a request, the oldest takes it.
+
+        Args:
+            pattern: of the path, as fnmatch reads it (`*` matches `/` too).
+            method: only requests of this method; every method by default.
+            status: answer with this status instead.
+            error_code: `X-Error-Code` of that answer.
+            headers: of that answer, or on top of the right ones.
+            body: of that answer, instead of the Hub's JSON.
+            cut_after: close the connection after so many bytes of the body; headers promise all of it.
+            hang: take the request and say nothing until the server stops.
+            call: call this before anything else, to change a repository during a download for instance.
+            times: how many requests; all by default.
+        """
+        if status is not None and body is not None:
+            answer = Answer(status, headers or {}, body)
+        elif status is not None:
+            answer = Answer.error(status, error_code, "made to fail", headers)
+        else:
+            answer = None
+        with self._lock:
+            self._faults.append(_Fault(pattern, method, answer, cut_after, hang, call, times))
+
+    def heal(self) -> None:
+        """Forget every fault and every request."""
+        with self._lock:
+            self._faults.clear()
+            self.requests.clear()
+
+    def downloads(self, repo_id: str) -> list[str]:
+        """The files of a repository whose content was asked for, once for each time, in order of names."""
+        start = re.compile(rf"/{re.escape(repo_id)}/resolve/[^/]+/")
+        paths = [request.path for request in list(self.requests) if request.method == "GET"]
+        return sorted(path[found.end() :] for path in paths if (found := start.match(path)))
+
+    def answer(self, request: Request) -> tuple[Answer, int | None] | None:
+        """What to send, and after how many bytes of the body to break off; None is nothing at all."""
+        with self._lock:
+            self.requests.append(request)
+            fault = next((fault for fault in self._faults if fault.matches(request)), None)
+            if fault is not None:
+                fault.times -= 1
+                self._faults = [kept for kept in self._faults if kept.times > 0]
+        if fault is None:
+            return self._route(request), None
+        if fault.call is not None:
+            fault.call()
+        if fault.hang:
+            self._stopping.wait()
+            return None
+        return fault.answer or self._route(request), fault.cut_after
+
+    def _route(self, request: Request) -> Answer:
+        for method, pattern, route in _ROUTES:
+            match = pattern.fullmatch(request.target)
+            if match is not None and request.method in method.split():
+                names = {name: unquote(value) for name, value in match.groupdict(default="").items()}
+                answer: Answer = getattr(self, route)(request, **names)
+                return answer
+        return Answer.error(404, None, "no such address")
+
+    def _model_info(self, request: Request, repo_id: str, revision: str) -> Answer:
+        found = self._find(request, repo_id, revision)
+        if isinstance(found, Answer):
+            return found
+        commit, files = found
+        siblings = [{"rfilename": path} for path in files]
+        value = {"_id": commit[:24], "id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings}
+        return Answer.json({**value, "private": False, "gated": False, "disabled": False, "tags": []})
+
+    def _tree(self, request: Request, repo_id: str, revision: str, folder: str) -> Answer:
+        found = self._find(request, repo_id, revision)
+        if isinstance(found, Answer):
+            return found
+        start = f"{folder}/" if folder else ""
+        return Answer.json([file.entry(path) for path, file in found[1].items() if path.startswith(start)])
+
+    def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Answer:
+        found = self._find(request, repo_id, revision)
+        if isinstance(found, Answer):
+            return found
+        commit, files = found
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if path not in files:
+            return Answer.error(404, "EntryNotFound", "Entry not found", headers)
+        headers |= {"Content-Type": "application/octet-stream", **files[path].headers}
+        return _part(request, headers, files[path].content)
+
+    def _find(self, request: Request, repo_id: str, revision: str) -> tuple[str, _Commit] | Answer:
+        repo = self._repos.get(repo_id)
+        if repo is None:
+            # To whom is not logged in the Hub does not tell an absent repository from a private one.
+            status = 404 if request.headers["Authorization"] else 401
+            return Answer.error(status, "RepoNotFound", "Repository not found")
+        commit = repo.refs.get(revision or "main", revision)
+        if commit not in repo.commits:
+            return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return commit, repo.commits[commit]
+
+
+_REPO = r"(?P<repo_id>[^/]+/[^/]+)"
+_ROUTES = [
+    ("GET", re.compile(rf"/api/models/{_REPO}(/revision/(?P<revision>[^/]+))?"), "_model_info"),
+    ("GET", re.compile(rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?"), "_tree"),
+    ("GET HEAD", re.compile(rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"), "_resolve"),
+]
+
+
+def _read(directory: Path) -> _Commit:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = {path.relative_to(directory).as_posix(): path for path in paths}
+    return {name: _File(name, path.read_bytes()) for name, path in names.items()}
+
+
+def _part(request: Request, headers: Mapping[str, str], content: bytes) -> Answer:
+    """The bytes that `Range` asks for: `bytes=first-` or `bytes=first-last`; everything without one."""
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers["Range"] or "")
+    if request.method == "HEAD" or match is None:
+        return Answer(200, headers, content)
+    first, size = int(match[1]), len(content)
+    last = min(int(match[2] or size), size - 1)
+    if first > last:
+        return Answer(416, {**headers, "Content-Range": f"bytes */{size}"})
+    return Answer(206, {**headers, "Content-Range": f"bytes {first}-{last}/{size}"}, content[first : last + 1])
+
+
+class _Server(ThreadingHTTPServer):
+    hub: LoopbackHub
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A client that goes away is no fault of the server; everything else should be seen.
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections are kept, as the Hub keeps them
+    server: _Server
+
+    def handle_any(self) -> None:
+        target = urlsplit(self.path).path
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        sent = self.server.hub.answer(Request(self.command, unquote(target), self.headers, body, target))
+        if sent is None:
+            self.close_connection = True
+            return
+        answer, cut_after = sent
+        self.send_response(answer.status)
+        for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if cut_after is not None:
+            self.close_connection = True
+        if self.command != "HEAD":
+            self.wfile.write(answer.body[:cut_after])
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing: what was asked for is in `LoopbackHub.requests`."""
