@@ -6,6 +6,7 @@ PEFT LoRA directory. Both hold `adapter_config.json` and `adapter_model.safetens
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -17,7 +18,16 @@ from typing import Any
 
 import torch
 
-from nlora_surgery.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, FileLayout, plan_file, read_json
+from nlora_surgery.adapter_keys import AdapterKey, parse_key
+from nlora_surgery.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    FLOAT_DTYPES,
+    Checkpoint,
+    FileLayout,
+    plan_file,
+    read_json,
+)
 from nlora_surgery.errors import AdapterError, BaseMismatchError, CheckpointError
 from nlora_surgery.factor import Factors
 
@@ -35,7 +45,6 @@ __all__ = [
 
 FINGERPRINT_KEY = "base_fingerprint"
 
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_[ANB](?:_initial)?)(?:\.default)?\.weight")
 _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
@@ -124,6 +133,7 @@ class AdapterConfig:
         r, lora_alpha: the defaults; `rank_pattern` and `alpha_pattern` hold what differs, by module.
         residual: `baked`, `virtual` or `none` for an adapter of ours whose start is not zero, else None.
         base_fingerprint: of the base that the adapter belongs to (see `Checkpoint.fingerprint`).
+        target_parameters: parameters that PEFT adapts directly, fused experts for instance.
         extra: every other field, as read.
     """
 
@@ -139,6 +149,7 @@ class AdapterConfig:
     task_type: str | None = None
     residual: str | None = None
     base_fingerprint: str | None = None
+    target_parameters: Sequence[str] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def scaling(self, module: str, r: int) -> float:
@@ -173,6 +184,8 @@ class AdapterConfig:
             "use_dora": False,
             "use_rslora": self.use_rslora,
         }
+        if self.target_parameters:
+            fields["target_parameters"] = list(self.target_parameters)
         if self.peft_type == "SLORA":
             fields |= {"residual": self.residual, FINGERPRINT_KEY: self.base_fingerprint}
         return json.dumps({**fields, **self.extra}, indent=2, sort_keys=True) + "\n"
@@ -201,6 +214,7 @@ class AdapterConfig:
             if not isinstance(values.get(pattern) or {}, dict):
                 raise AdapterError(f"{path} has a {pattern} that is no map")
             values[pattern] = values.get(pattern) or {}
+        values["target_parameters"] = list(values.get("target_parameters") or ())
         values["use_rslora"] = bool(values.get("use_rslora"))
         values["fan_in_fan_out"] = bool(values.get("fan_in_fan_out"))
         fields = {name: value for name, value in values.items() if name in known}
@@ -219,54 +233,56 @@ def pattern_for(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 class Adapter:
-    """An adapter on disk, its factors read when asked for.
+    """An adapter on disk, of any known form, its tensors read when asked for.
 
     Attributes:
         directory: where it lies.
         config: its configuration.
-        parts: for each adapted module, the tensor name of each part that it has.
-        file: the opened `adapter_model.safetensors`.
+        file: the opened safetensors file.
+        parts: for each adapted module, the name in `file` of each part that it has (see `AdapterKey.part`).
+        replaced: tensor names of the base (`lm_head.weight`) that the adapter replaces, and theirs in `file`.
     """
 
     def __init__(
-        self, directory: Path, config: AdapterConfig, file: Checkpoint, parts: dict[str, dict[str, str]]
+        self,
+        directory: Path,
+        config: AdapterConfig,
+        file: Checkpoint,
+        parts: dict[str, dict[str, str]],
+        replaced: dict[str, str],
     ) -> None:
         self.directory = directory
         self.config = config
         self.file = file
         self.parts = parts
+        self.replaced = replaced
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str]) -> Adapter:
-        """Open an adapter directory.
+    def open(cls, path: str | os.PathLike[str]) -> Adapter:
+        """Open an adapter: a directory of PEFT's layout, or a Kohya file (or the directory that holds one).
 
         Raises:
-            AdapterError: configuration or weights are missing, damaged, pickled, hold keys that are no
-                factor, lack one of a pair, or disagree in shape.
+            AdapterError: configuration or weights are missing, damaged, pickled, hold keys of no known form,
+                lack one of a pair, or disagree in shape or with the configuration.
         """
-        directory = Path(directory)
-        config = AdapterConfig.read(directory)
-        weights = directory / ADAPTER_WEIGHTS
-        if not weights.exists():
-            if (directory / "adapter_model.bin").exists():
-                raise AdapterError(
-                    f"{directory} has its weights pickled (adapter_model.bin), which can run code when read; load "
-                    "it with PEFT and save it again as safetensors"
-                )
-            raise AdapterError(f"{directory} has no {ADAPTER_WEIGHTS}; it is no whole adapter")
+        path = Path(path)
+        weights = _kohya_file(path)
+        if weights is None:
+            config: AdapterConfig | None = AdapterConfig.read(path)
+            weights = path / ADAPTER_WEIGHTS
+            if not weights.exists():
+                raise _no_weights(path)
+        else:
+            config, path = None, weights.parent
         try:
             file = Checkpoint.open_file(weights)
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
-        parts: dict[str, dict[str, str]] = {}
-        for name in file.tensors:
-            match = _KEY.fullmatch(name)
-            if match is None:
-                raise AdapterError(f"{weights} holds {name!r}, which is no factor of a low-rank adapter")
-            parts.setdefault(match["module"], {})[match["part"]] = name
-        if not parts:
-            raise AdapterError(f"{weights} holds no factors")
-        adapter = cls(directory, config, file, parts)
+        parts, replaced = _sort_keys(file, weights, config)
+        if config is None:  # Kohya: what it does not say is alpha = r
+            ranks = {file.tensors[names["lora_A"]].shape[0] for names in parts.values() if "lora_A" in names}
+            config = AdapterConfig("LORA", max(ranks, default=1), float(max(ranks, default=1)))
+        adapter = cls(path, config, file, parts, replaced)
         for module in parts:
             adapter._check(module)
         return adapter
@@ -283,58 +299,204 @@ class Adapter:
         return self.config.base_fingerprint or metadata.get(FINGERPRINT_KEY)
 
     def shape(self, module: str) -> ModuleShape:
-        """Shapes of a module's factors, from its tensors."""
-        r, in_features = self.file.tensors[self.parts[module]["lora_A"]].shape
-        out_features = self.file.tensors[self.parts[module]["lora_B"]].shape[0]
-        return ModuleShape(module, out_features, in_features, r)
+        """Shapes of a module's factors, from its tensors; an embedding's as of a weight (vocabulary, width)."""
+        a, b = (self.file.tensors[self.parts[module][part]].shape for part in self._sides(module))
+        if self.is_embedding(module):
+            return ModuleShape(module, a[1], b[0], a[0])
+        return ModuleShape(module, b[0], a[1], a[0])
 
-    def scaling(self, module: str) -> float:
-        """Alpha / r of a module."""
-        return self.config.scaling(module, self.shape(module).r)
+    def is_embedding(self, module: str) -> bool:
+        """Whether a module is adapted by PEFT's `lora_embedding_A` and `lora_embedding_B`."""
+        return "lora_embedding_A" in self.parts[module]
+
+    def scaling(self, module: str, experts: int = 1) -> float:
+        """The factor before a module's product: alpha / r.
+
+        Args:
+            module: its path.
+            experts: how many share its tensors; r is that of one of them.
+        """
+        r = self.shape(module).r // experts
+        if "alpha" in self.parts[module]:  # Kohya keeps it with the tensors
+            return float(self.file.tensor(self.parts[module]["alpha"])) / r
+        return self.config.scaling(module, r)
 
     def factors(self, module: str) -> Factors:
-        """The factors of a module, as views of the file."""
-        return self._factors(module, "")
+        """The factors of a module, as views of the file, so that `scaling * B N A` fits the base's weight."""
+        a, b = (self.file.tensor(self.parts[module][part]) for part in self._sides(module))
+        if self.is_embedding(module):  # delta = (B A)^T, so that of the stored (vocabulary, width) is A^T B^T
+            return Factors(b.T, a.T)
+        lora_N = self.parts[module].get("lora_N")
+        return Factors(a, b, None if lora_N is None else self.file.tensor(lora_N))
 
     def initial(self, module: str) -> Factors | None:
         """The frozen start of a virtual residual, or None if there is none."""
-        return self._factors(module, "_initial") if "lora_A_initial" in self.parts[module] else None
-
-    def _factors(self, module: str, suffix: str) -> Factors:
         parts = self.parts[module]
-        lora_N = parts.get(f"lora_N{suffix}")
+        if "lora_A_initial" not in parts:
+            return None
+        lora_N = parts.get("lora_N_initial")
         return Factors(
-            self.file.tensor(parts[f"lora_A{suffix}"]),
-            self.file.tensor(parts[f"lora_B{suffix}"]),
+            self.file.tensor(parts["lora_A_initial"]),
+            self.file.tensor(parts["lora_B_initial"]),
             None if lora_N is None else self.file.tensor(lora_N),
         )
 
+    def resolve(self, base: Checkpoint) -> dict[str, str]:
+        """The tensor of the base that each module, and each replaced tensor, stands for.
+
+        Exact names come first; then, where prefixes differ (`model.layers…` and `layers…`), the only tensor
+        whose name ends like that; Kohya's paths, which have `_` for `.`, by comparing them so.
+
+        Args:
+            base: the model.
+
+        Returns:
+            Name in `base` by module path and by name in `replaced`.
+
+        Raises:
+            AdapterError: some match nothing, which names them and what is close; or two match one tensor.
+        """
+        tensors = dict.fromkeys(base.tensors)
+        flat = {re.sub(r"\W", "_", name.removesuffix(".weight")): name for name in tensors}
+        found: dict[str, str] = {}
+        missing: list[str] = []
+        for wanted in [*self.parts, *self.replaced]:
+            name = _find_tensor(wanted, tensors, flat)
+            if name is None:
+                missing.append(wanted)
+            else:
+                found[wanted] = name
+        if missing:
+            close = difflib.get_close_matches(missing[0], [name.removesuffix(".weight") for name in tensors], 3, 0.5)
+            hint = f"; the closest to the first are {', '.join(close)}" if close else ""
+            raise AdapterError(
+                f"{len(missing)} of {len(self.parts) + len(self.replaced)} modules of {self.directory} match no tensor "
+                f"of {base.directory}: {', '.join(missing[:5])}{'…' if len(missing) > 5 else ''}{hint}"
+            )
+        names: dict[str, str] = {}
+        for wanted, name in found.items():
+            if name in names and not (wanted in self.parts and names[name] in self.parts):
+                raise AdapterError(f"{self.directory}: {wanted} and {names[name]} both change {name} of the base")
+            names[name] = wanted
+        return found
+
+    def _sides(self, module: str) -> tuple[str, str]:
+        embedding = self.is_embedding(module)
+        return ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+
     def _check(self, module: str) -> None:
+        """Refuse a module whose factors are no whole set, or do not multiply."""
         parts = self.parts[module]
         shapes = {part: self.file.tensors[name].shape for part, name in parts.items()}
-        for suffix in ("", "_initial"):
-            present = {part for part in shapes if part.endswith(suffix) and ("_initial" in part) == bool(suffix)}
-            if not present:
-                continue
-            for needed in (f"lora_A{suffix}", f"lora_B{suffix}"):
+        for part, name in parts.items():
+            if self.file.tensors[name].dtype not in FLOAT_DTYPES:
+                raise AdapterError(
+                    f"{self.directory}: {name} has dtype {self.file.tensors[name].dtype}, no float ({part})"
+                )
+        sets = [self._sides(module)]
+        if any(part.endswith("_initial") for part in parts):
+            sets.append(("lora_A_initial", "lora_B_initial"))
+        for a, b in sets:
+            for needed in (a, b):
                 if needed not in shapes:
-                    raise AdapterError(f"{self.directory}: module {module} lacks its {needed}")
-            sides = shapes[f"lora_A{suffix}"], shapes[f"lora_B{suffix}"]
-            if any(len(shape) != 2 for shape in sides) or sides[0][0] != sides[1][1]:
+                    raise AdapterError(
+                        f"{self.directory}: module {module} lacks its {needed}; the adapter is not whole"
+                    )
+            if len(shapes[a]) != 2 or len(shapes[b]) != 2 or shapes[a][0] != shapes[b][1]:
                 raise AdapterError(
-                    f"{self.directory}: module {module} has lora_A {list(sides[0])} and lora_B {list(sides[1])}; "
-                    "expected (r, in) and (out, r)"
+                    f"{self.directory}: module {module} has {a} {list(shapes[a])} and {b} {list(shapes[b])}; expected "
+                    "(r, in) and (out, r)"
                 )
-            r = sides[0][0]
-            core = shapes.get(f"lora_N{suffix}", (r, r))
-            if core != (r, r):
-                raise AdapterError(f"{self.directory}: module {module} has lora_N {list(core)} at rank {r}")
-            if not suffix and (wanted := pattern_for(self.config.rank_pattern, module, self.config.r)) != r:
-                raise AdapterError(
-                    f"{self.directory}: module {module} has rank {r} in its tensors, {wanted} in {ADAPTER_CONFIG}"
-                )
-        if "lora_A" not in shapes:
-            raise AdapterError(f"{self.directory}: module {module} has an initial factor but no lora_A")
+        r = self.shape(module).r
+        for core in ("lora_N", "lora_N_initial"):
+            if shapes.get(core, (r, r)) != (r, r):
+                raise AdapterError(f"{self.directory}: module {module} has {core} {list(shapes[core])} at rank {r}")
+        if "alpha" in parts or self.config.target_parameters:
+            return  # Kohya's rank is that of its tensors; of experts, r times their number
+        wanted = pattern_for(self.config.rank_pattern, module, self.config.r)
+        if wanted != r:
+            raise AdapterError(
+                f"{self.directory}: module {module} has rank {r} in its tensors, {wanted} in {ADAPTER_CONFIG}"
+            )
+
+
+def _kohya_file(path: Path) -> Path | None:
+    if path.is_file() and path.suffix == ".safetensors" and path.name != ADAPTER_WEIGHTS:
+        return path
+    if path.is_dir() and not (path / ADAPTER_CONFIG).exists():
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) == 1 and not files[0].name.startswith(("model", "adapter_model")):
+            return files[0]
+    return None
+
+
+def _no_weights(directory: Path) -> AdapterError:
+    if (directory / "adapter_model.bin").exists():
+        return AdapterError(
+            f"{directory} has its weights pickled (adapter_model.bin), which can run code when read; load "
+            "it with PEFT and save it again as safetensors"
+        )
+    return AdapterError(f"{directory} has no {ADAPTER_WEIGHTS}; it is no whole adapter")
+
+
+def _sort_keys(
+    file: Checkpoint, weights: Path, config: AdapterConfig | None
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Factors by module and part, and tensors that replace the base's, from the names in the file."""
+    keys = {name: parse_key(name) for name in file.tensors}
+    unknown = [name for name, key in keys.items() if key is None]
+    if unknown:
+        raise AdapterError(
+            f"{weights} holds {unknown[0]!r}, which is no tensor of a LoRA, SLORA, MoSLoRA, LoRA-XS or Kohya adapter"
+        )
+    parts: dict[str, dict[str, str]] = {}
+    replaced: dict[str, str] = {}
+    for name, key in keys.items():
+        assert key is not None
+        if key.replaces:
+            replaced[f"{key.module}.{key.part}"] = name
+            continue
+        module = _parameter_path(key, keys.values(), config)
+        if parts.setdefault(module, {}).setdefault(key.part, name) != name:
+            raise AdapterError(f"{weights} holds {key.part} of {module} twice; it may mix two adapters: save one alone")
+    if not parts and not replaced:
+        raise AdapterError(f"{weights} holds no factors")
+    return parts, replaced
+
+
+def _parameter_path(key: AdapterKey, keys: Iterable[AdapterKey | None], config: AdapterConfig | None) -> str:
+    """The module's path; of a parameter that PEFT adapts directly, the parameter's own.
+
+    PEFT nests one wrapper per parameter of a module, in the order of their sorted names, so the first lies
+    innermost. Which parameters they are stands in target_parameters.
+    """
+    targets = sorted(config.target_parameters) if config is not None else []
+    own = [
+        target.rpartition(".")[2]
+        for target in targets
+        if f".{key.module}".endswith(f".{target.rpartition('.')[0]}") or "." not in target
+    ]
+    if not own:
+        return key.module
+    deepest = max(other.depth for other in keys if other is not None and other.module == key.module)
+    index = deepest - key.depth
+    return f"{key.module}.{own[index]}" if index < len(own) else key.module
+
+
+def _find_tensor(wanted: str, tensors: Mapping[str, None], flat: Mapping[str, str]) -> str | None:
+    for name in (f"{wanted}.weight", wanted):
+        if name in tensors:
+            return name
+    if "." not in wanted and "_" in wanted:
+        path = re.sub(r"^lora_[a-z0-9]+_", "", wanted)
+        return flat.get(path) or flat.get(wanted)
+    alike = [
+        name
+        for name in tensors
+        for own in (name.removesuffix(".weight"), name)
+        if own.endswith(f".{wanted}") or wanted.endswith(f".{own}")
+    ]
+    return alike[0] if len(alike) == 1 else None
 
 
 def check_base(adapter: Adapter, base: Checkpoint) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "Checkpoint",
     "FileLayout",
     "TensorInfo",
+    "append_tensor",
     "plan_file",
     "read_header",
     "read_json",
@@ -237,16 +238,39 @@ def plan_file(
         end = position + math.prod(shape) * dtype.itemsize
         header[tensor] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
+    return _lay_out(name, header, metadata or {})
+
+
+def append_tensor(layout: FileLayout, name: str, like: TensorInfo) -> FileLayout:
+    """The layout of a file with one tensor more at its end, everything before it in the same order.
+
+    Args:
+        layout: of the file as it is.
+        name: of the new tensor.
+        like: a tensor of the same dtype and shape.
+    """
+    data_start = len(layout.header)
+    header: dict[str, Any] = {"__metadata__": dict(layout.metadata)} if layout.metadata else {}
+    for info in layout.tensors.values():
+        offsets = [info.start - data_start, info.end - data_start]
+        header[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+    end = layout.size_bytes - data_start
+    header[name] = {"dtype": like.dtype, "shape": list(like.shape), "data_offsets": [end, end + like.size_bytes]}
+    return _lay_out(layout.name, header, layout.metadata)
+
+
+def _lay_out(name: str, header: Mapping[str, Any], metadata: Mapping[str, str]) -> FileLayout:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    data_start = 8 + len(text)
+    data_start = size = 8 + len(text)
     infos = {}
-    for tensor, _, _ in ordered:
-        entry = header[tensor]
-        begin, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        infos[tensor] = TensorInfo(tensor, entry["dtype"], shape, name, data_start + begin, data_start + end)
-    return FileLayout(name, struct.pack("<Q", len(text)) + text, infos, metadata or {}, data_start + position)
+    for tensor, entry in header.items():
+        if tensor != "__metadata__":
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            infos[tensor] = TensorInfo(tensor, entry["dtype"], shape, name, data_start + begin, data_start + end)
+            size = max(size, data_start + end)
+    return FileLayout(name, struct.pack("<Q", len(text)) + text, infos, metadata, size)
 
 
 def read_json(path: Path, error: type[CheckpointError] | type[Any] = CheckpointError) -> dict[str, Any]:

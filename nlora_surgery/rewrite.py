@@ -28,13 +28,14 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nlora_surgery.checkpoint import Checkpoint, FileLayout, TensorInfo
+from nlora_surgery.checkpoint import Checkpoint, FileLayout, TensorInfo, append_tensor
 from nlora_surgery.errors import NonFiniteError, OptionError, OutputError, SurgeryError
 from nlora_surgery.factor import TILE_BYTES, row_tiles
 from nlora_surgery.ranks import Ranks
@@ -84,13 +85,16 @@ class Plan:
     Attributes:
         source: the checkpoint to read.
         out: the directory to make.
-        edits: names of the two-dimensional source tensors that go through the edit function.
+        edits: names of the floating-point tensors that go through the edit function, which sees their rows:
+            all but the last dimension taken as one.
         identity: everything that decides the output's bytes, as JSON values.
         write_shards: False writes only the side file.
         side: layout of the adapter file to be filled, its name relative to `out`.
         carried: other files of the source to be copied, relative to its directory.
         needs_whole: whether the edit reads all of a tensor (GPUs then get it whole, once).
         worker_bytes: what the edit itself allocates at most, per thread.
+        appended: tensors that the source lacks, each put at the end of the file that holds the source tensor
+            from which its edit starts: its name, and that tensor's. They are among `edits`.
     """
 
     source: Checkpoint
@@ -102,22 +106,37 @@ class Plan:
     carried: Sequence[str] = ()
     needs_whole: bool = True
     worker_bytes: int = 0
+    appended: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def layouts(self) -> dict[str, FileLayout]:
+        """The output's shards: those of the source, and what is appended."""
+        layouts = dict(self.source.files)
+        for name, origin in self.appended.items():
+            info = self.source.tensors[origin]
+            layouts[info.file] = append_tensor(layouts[info.file], name, info)
+        return layouts
+
+    def origin(self, name: str) -> TensorInfo:
+        """The source tensor from which the edit of `name` starts."""
+        return self.source.tensors[self.appended.get(name, name)]
 
     @property
     def size_bytes(self) -> int:
         """Bytes that the output takes."""
-        shards = sum(layout.size_bytes for layout in self.source.files.values()) if self.write_shards else 0
+        shards = sum(layout.size_bytes for layout in self.layouts.values()) if self.write_shards else 0
         carried = sum((self.source.directory / name).stat().st_size for name in self.carried)
         return shards + carried + (self.side.size_bytes if self.side else 0)
 
 
 @dataclass
 class _Unit:
-    """One shard's work: tensors to edit, byte ranges to copy."""
+    """One shard's work: tensors to edit, byte ranges of the source to copy and how far they move."""
 
     name: str
     edits: list[TensorInfo]
     copies: list[tuple[int, int]]
+    shift: int
 
     @property
     def size_bytes(self) -> int:
@@ -196,7 +215,7 @@ def rewrite(
     """
     progress = progress or Progress()
     devices = resolve_devices(device)
-    wide = [info.name for info in map(plan.source.tensors.__getitem__, plan.edits) if info.dtype in {"F32", "F64"}]
+    wide = [info.name for info in map(plan.origin, plan.edits) if info.dtype in {"F32", "F64"}]
     if devices[0].type == "mps" and wide:
         raise OptionError(f"{wide[0]!r} is computed in fp64, which Metal does not have; use --device cpu")
     workers = _Workers.plan(devices, plan, max_memory)
@@ -265,7 +284,7 @@ def _open_stage(plan: Plan, stage: Stage, overwrite: bool) -> None:
                 f"no space left for {plan.out}: it needs {plan.size_bytes:,} bytes, {free:,} are free there",
                 resumable=bool(stage.finished),
             )
-        layouts = list(plan.source.files.values()) if plan.write_shards else []
+        layouts = list(plan.layouts.values()) if plan.write_shards else []
         for layout in [*layouts, *([plan.side] if plan.side else [])]:
             path = stage.tree / layout.name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,18 +299,20 @@ def _units(plan: Plan) -> list[_Unit]:
     edited = set(plan.edits)
     units = []
     for layout in plan.source.files.values():
-        edits = [plan.source.tensors[name] for name in layout.tensors if name in edited]
+        edits = [info for name, info in plan.layouts[layout.name].tensors.items() if name in edited]
         copies: list[tuple[int, int]] = []
         if plan.write_shards:
             position = 0 if not edits else len(layout.header)
-            for info in sorted(edits, key=lambda info: info.start):
+            replaced = [layout.tensors[info.name] for info in edits if info.name in layout.tensors]
+            for info in sorted(replaced, key=lambda info: info.start):
                 if info.start > position:
                     copies.append((position, info.start))
                 position = info.end
             if position < layout.size_bytes:
                 copies.append((position, layout.size_bytes))
         if edits or copies:
-            units.append(_Unit(layout.name, edits, copies))
+            shift = len(plan.layouts[layout.name].header) - len(layout.header)
+            units.append(_Unit(layout.name, edits, copies, shift))
     return units
 
 
@@ -324,7 +345,7 @@ class _Workers:
     def bytes_each(device: torch.device, plan: Plan) -> int:
         """Bytes of buffers per thread: three tiles, and what the edit allocates."""
         tile = TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
-        longest = max((plan.source.tensors[name].shape[-1] for name in plan.edits), default=0)
+        longest = max((plan.origin(name).shape[-1] for name in plan.edits), default=0)
         return 3 * max(tile, 8 * longest) + plan.worker_bytes
 
 
@@ -436,7 +457,7 @@ def _run_units(
 
     def copy_one(unit: _Unit, start: int, end: int) -> None:
         with _open_pair(plan, stage, unit.name) as (source, output):
-            _copy_range(source, output, start, end, canceled)
+            _copy_range(source, output, start, end, unit.shift, canceled)
 
     def finish_job(unit: _Unit, name: str | None, count: int, result: Any) -> None:
         with lock:
@@ -536,10 +557,10 @@ class _TensorWriter:
         self.canceled = canceled
 
     def write(self, info: TensorInfo, edit: Callable[[TensorInfo, Tensor], Edit]) -> dict[str, Any]:
-        source, workspace = self.plan.source, self.workspace
-        view = source.tensor(info.name)
+        source, workspace, origin = self.plan.source, self.workspace, self.plan.origin(info.name)
+        view = source.tensor(origin.name)
         if self.plan.needs_whole:
-            source.prefetch(info.name)
+            source.prefetch(origin.name)
         with torch.inference_mode(), workspace.computing():
             weight = workspace.upload(view) if self.plan.needs_whole else view
             change = edit(info, weight)
@@ -552,14 +573,14 @@ class _TensorWriter:
                     checksums[info.name] = checksum
             elif self.plan.write_shards:
                 with _open_pair(self.plan, self.stage, info.file) as (reader, writer):
-                    _copy_range(reader, writer, info.start, info.end, self.canceled)
+                    _copy_range(reader, writer, origin.start, origin.end, info.start - origin.start, self.canceled)
             if self.plan.side is not None:
                 with _opened(self.stage.tree / self.plan.side.name) as side:
                     for name, tensor in change.sides.items():
                         data = _bytes_of(tensor.contiguous().to("cpu"))
                         _write_all(side, data, self.plan.side.tensors[name].start)
                         checksums[name] = zlib.crc32(data)
-        source.release(info.name)
+        source.release(origin.name)
         return {"checksums": checksums, "figures": figures}
 
     def _edit_tiles(
@@ -572,6 +593,7 @@ class _TensorWriter:
             difference that rounding it made.
         """
         workspace, dtype = self.workspace, compute_dtype(weight.dtype)
+        weight = weight.reshape(-1, weight.shape[-1])
         checksum = 0
         squares = {"weight_norm": 0.0, "result_norm": 0.0, "rounding_norm": 0.0}
         output_file = _opened(self.stage.tree / info.file) if self.plan.write_shards else contextlib.nullcontext()
@@ -626,11 +648,12 @@ def _still_whole(plan: Plan, stage: Stage, unit: _Unit, record: Mapping[str, Any
                 for info in unit.edits:
                     expected = record["tensors"][info.name]["checksums"].get(info.name)
                     if expected is None:  # the edit left it as it was
-                        if not _same_range(source, output, info.start, info.end):
+                        origin = plan.origin(info.name)
+                        if not _same_range(source, output, origin.start, origin.end, info.start - origin.start):
                             return False
                     elif _checksum(output, info) != expected:
                         return False
-                return all(_same_range(source, output, start, end) for start, end in unit.copies)
+                return all(_same_range(source, output, start, end, unit.shift) for start, end in unit.copies)
     except (OSError, KeyError, TypeError):
         return False
     return {info.name for info in unit.edits} == set(record["tensors"])
@@ -670,8 +693,10 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 _COPY_CHUNK = 64 << 20  # small enough that an interrupt is heard soon
 
 
-def _copy_range(source: int, output: int, start: int, end: int, canceled: threading.Event | None = None) -> None:
-    """Copy bytes between files at the same offset, inside the kernel (sharing extents) where it can."""
+def _copy_range(
+    source: int, output: int, start: int, end: int, shift: int = 0, canceled: threading.Event | None = None
+) -> None:
+    """Copy bytes between files, to `shift` behind where they are, inside the kernel where it can."""
     in_kernel = hasattr(os, "copy_file_range")
     while start < end:
         if canceled is not None and canceled.is_set():
@@ -679,7 +704,7 @@ def _copy_range(source: int, output: int, start: int, end: int, canceled: thread
         count = min(end - start, _COPY_CHUNK)
         if in_kernel:
             try:
-                copied = os.copy_file_range(source, output, count, start, start)
+                copied = os.copy_file_range(source, output, count, start, start + shift)
             except OSError as error:
                 if error.errno not in {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}:
                     raise
@@ -687,7 +712,7 @@ def _copy_range(source: int, output: int, start: int, end: int, canceled: thread
                 continue
         else:
             data = os.pread(source, min(count, TILE_BYTES), start)
-            _write_all(output, memoryview(data), start)
+            _write_all(output, memoryview(data), start + shift)
             copied = len(data)
         if copied == 0:
             raise OSError(errno.EIO, "the source became shorter while it was read")
@@ -714,11 +739,11 @@ def _checksum(descriptor: int, info: TensorInfo) -> int:
     return checksum
 
 
-def _same_range(source: int, output: int, start: int, end: int) -> bool:
+def _same_range(source: int, output: int, start: int, end: int, shift: int = 0) -> bool:
     while start < end:
         count = min(TILE_BYTES, end - start)
         data = os.pread(source, count, start)
-        if not data or data != os.pread(output, count, start):
+        if not data or data != os.pread(output, count, start + shift):
             return False
         start += len(data)
     return True

@@ -16,7 +16,7 @@ LIBRARY = ROOT / "nlora_surgery"
 # Imports go down only. A new module gets its place here.
 FLOORS = [
     {"errors", "options", "version"},
-    {"factor", "checkpoint"},
+    {"factor", "checkpoint", "adapter_keys"},
     {"ranks", "staging"},
     {"rewrite", "targets", "adapter"},
     {"manifest"},
