@@ -15,6 +15,7 @@ __all__ = ["main"]
 # torch only when it runs, so that --help answers at once.
 COMMANDS = {
     "init": "Factor a model's weights: write the residual base and the adapter.",
+    "merge": "Merge adapters into their base.",
     "inspect": "Say what a directory is, and what a rank costs.",
     "verify": "Check that nothing was lost.",
 }

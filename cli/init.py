@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from nlora_surgery_cli.options import byte_count, split_names
 from nlora_surgery_cli.render import (
     ProgressBar,
     bytes_text,
@@ -21,28 +22,6 @@ from nlora_surgery_cli.render import (
 from nlora_surgery.options import ADAPTER_DTYPES, METHODS, RESIDUALS, SAMPLINGS, SCALE_SPLITS, FactorOptions
 
 __all__ = ["command"]
-
-
-def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """`--targets q_proj,v_proj` and `--targets q_proj --targets v_proj` are the same; a regex keeps its commas."""
-    plain = (value.split(",") if "(" not in value and "{" not in value else [value] for value in values)
-    return tuple(part.strip() for parts in plain for part in parts if part.strip())
-
-
-def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """`500MB`, `2GB` or a number of bytes."""
-    if value is None:
-        return None
-    units = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "b": 1}
-    text = value.strip().lower()
-    unit = next((name for name in units if text.endswith(name)), "")
-    try:
-        count = float(text.removesuffix(unit)) * units.get(unit, 1)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no size; write 500MB, 2GB or a number of bytes") from None
-    if not 0 < count < 1e18:
-        raise click.BadParameter(f"{value!r} is no possible size")
-    return int(count)
 
 
 @click.command("init")
@@ -62,10 +41,10 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 @click.option("--format", "adapter_format", type=click.Choice(["slora", "lora"]), default="slora", show_default=True,
               help="Three matrices, or (pissa, pissa-fast) plain PEFT LoRA.")  # fmt: skip
 @click.option("--alpha", type=float, help="lora_alpha.  [default: the rank, so that the scaling is 1]")
-@click.option("--targets", multiple=True, callback=_split,
+@click.option("--targets", multiple=True, callback=split_names,
               help="Module names, a regex for whole module paths, or all-linear.  "
                    "[default: every linear inside the blocks]")  # fmt: skip
-@click.option("--exclude", multiple=True, callback=_split, help="Names or a regex to leave out.")
+@click.option("--exclude", multiple=True, callback=split_names, help="Names or a regex to leave out.")
 @click.option("--adapter-dtype", type=click.Choice(ADAPTER_DTYPES), default="float32", show_default=True)
 @click.option("--power-steps", type=int, help="Of sketch (default 2) and pissa-fast (default 4).")
 @click.option("--oversampling", type=int, default=16, show_default=True, help="Extra columns of a sketch.")
@@ -73,7 +52,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
               help="nystrom-pinv drops singular values below this share of the largest; 0 keeps all.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (all GPUs), cuda:N or mps.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--max-memory", callback=_bytes, help="Bound on buffers, e.g. 500MB; fewer threads keep it.")
+@click.option("--max-memory", callback=byte_count, help="Bound on buffers, e.g. 500MB; fewer threads keep it.")
 @click.option("--allow-nonfinite", is_flag=True, help="Leave weights with NaN or infinity alone instead of failing.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nlora_surgery.adapter_keys import AdapterKey, parse_key
 from nlora_surgery.checkpoint import (
@@ -279,9 +280,10 @@ class Adapter:
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
         parts, replaced = _sort_keys(file, weights, config)
-        if config is None:  # Kohya: what it does not say is alpha = r
-            ranks = {file.tensors[names["lora_A"]].shape[0] for names in parts.values() if "lora_A" in names}
-            config = AdapterConfig("LORA", max(ranks, default=1), float(max(ranks, default=1)))
+        if config is None:  # Kohya: ranks are those of the tensors, and alpha is r where there is none
+            ranks = {re.escape(m): file.tensors[p["lora_A"]].shape[0] for m, p in parts.items() if "lora_A" in p}
+            r = max(ranks.values(), default=1)
+            config = AdapterConfig("LORA", r, float(r), rank_pattern=ranks, alpha_pattern=ranks)
         adapter = cls(path, config, file, parts, replaced)
         for module in parts:
             adapter._check(module)
@@ -341,7 +343,28 @@ class Adapter:
             None if lora_N is None else self.file.tensor(lora_N),
         )
 
-    def resolve(self, base: Checkpoint) -> dict[str, str]:
+    def sides(self, module: str, dtype: torch.dtype, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+        """What the adapter adds to a module's weight, as `left (out, k) @ right (k, in)`.
+
+        With a virtual residual that is the current product minus the initial one, k = 2 r, and exactly zero where
+        nothing moved.
+
+        Args:
+            module: its path.
+            dtype: to compute in, and of the results.
+            weight: multiplies all of it.
+        """
+        factors, initial = self.factors(module), self.initial(module)
+        scaling = weight * self.scaling(module)
+        left, right = factors.sides(scaling, dtype)
+        if initial is None:
+            return left, right
+        if all(map(torch.equal, factors.matrices(), initial.matrices())):
+            return torch.zeros_like(left), right
+        initial_left, initial_right = initial.sides(scaling, dtype)
+        return torch.cat([left, -initial_left], 1), torch.cat([right, initial_right])
+
+    def resolve(self, base: Checkpoint, extra: Iterable[str] = ()) -> dict[str, str]:
         """The tensor of the base that each module, and each replaced tensor, stands for.
 
         Exact names come first; then, where prefixes differ (`model.layers…` and `layers…`), the only tensor
@@ -349,6 +372,7 @@ class Adapter:
 
         Args:
             base: the model.
+            extra: names of tensors that it will have besides.
 
         Returns:
             Name in `base` by module path and by name in `replaced`.
@@ -356,7 +380,7 @@ class Adapter:
         Raises:
             AdapterError: some match nothing, which names them and what is close; or two match one tensor.
         """
-        tensors = dict.fromkeys(base.tensors)
+        tensors = dict.fromkeys([*base.tensors, *extra])
         flat = {re.sub(r"\W", "_", name.removesuffix(".weight")): name for name in tensors}
         found: dict[str, str] = {}
         missing: list[str] = []
@@ -411,8 +435,8 @@ class Adapter:
         for core in ("lora_N", "lora_N_initial"):
             if shapes.get(core, (r, r)) != (r, r):
                 raise AdapterError(f"{self.directory}: module {module} has {core} {list(shapes[core])} at rank {r}")
-        if "alpha" in parts or self.config.target_parameters:
-            return  # Kohya's rank is that of its tensors; of experts, r times their number
+        if self.config.target_parameters:
+            return  # the rank of fused experts is r times their number
         wanted = pattern_for(self.config.rank_pattern, module, self.config.r)
         if wanted != r:
             raise AdapterError(

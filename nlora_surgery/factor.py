@@ -68,6 +68,10 @@ class Factors:
         lora_N = None if self.lora_N is None else self.lora_N.to(dtype)
         return Factors(self.lora_A.to(dtype), self.lora_B.to(dtype), lora_N, self.condition)
 
+    def matrices(self) -> list[Tensor]:
+        """`lora_A`, `lora_N` if there is one, `lora_B`: in the order in which an input passes through them."""
+        return [matrix for matrix in (self.lora_A, self.lora_N, self.lora_B) if matrix is not None]
+
     def sides(self, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`left (out, r)` and `right (r, in)` with `left @ right = scaling * lora_B @ lora_N @ lora_A`.
 

@@ -14,12 +14,24 @@ from typing import Any
 from nlora_surgery.checkpoint import Checkpoint, TensorInfo
 from nlora_surgery.errors import TargetError, UnsupportedCheckpointError
 
-__all__ = ["Target", "choose_targets", "module_kind", "refuse_quantized", "target_modules_for"]
+__all__ = [
+    "Target",
+    "choose_targets",
+    "experts_lie_in_out",
+    "is_conv1d",
+    "module_kind",
+    "refuse_quantized",
+    "target_modules_for",
+]
 
 # Families whose linears are transformers' Conv1D, which stores (in, out). GPT-BigCode uses the same module
 # names with nn.Linear, so names alone do not tell.
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+
+# Families whose experts are fused into (experts, in, out) tensors, and into (experts, out, in) ones.
+_EXPERTS_IN_OUT = {"gpt_oss", "llama4", "llama4_text"}
+_EXPERTS_OUT_IN = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"}
 
 # One component of a module path each.
 _EMBEDDING = re.compile(r".*embed(?!_out).*|wte|wpe|shared|relative_attention_bias|.*position_bias.*")
@@ -131,17 +143,31 @@ def choose_targets(
     if not chosen:
         raise TargetError("--exclude takes away every target; nothing is left to adapt")
 
-    conv1d_family = str(checkpoint.config.get("model_type")) in _CONV1D_FAMILIES
     targets = []
     for info in linears:
         if info.name not in chosen:
             continue
         module = modules[info.name]
-        transposed = conv1d_family and module.rpartition(".")[2] in _CONV1D_MODULES
+        transposed = is_conv1d(checkpoint, module)
         out_features, in_features = reversed(info.shape) if transposed else info.shape
         rank = min(r, out_features, in_features)
         targets.append(Target(info.name, module, out_features, in_features, transposed, rank))
     return targets
+
+
+def is_conv1d(checkpoint: Checkpoint, module: str) -> bool:
+    """Whether a linear's weight lies on disk as (in, out): transformers' Conv1D, in the families that use it."""
+    family = str(checkpoint.config.get("model_type")) in _CONV1D_FAMILIES
+    return family and module.rpartition(".")[2] in _CONV1D_MODULES
+
+
+def experts_lie_in_out(checkpoint: Checkpoint) -> bool | None:
+    """Whether fused experts lie on disk as (experts, in, out) rather than (experts, out, in); None if unknown."""
+    texts = (checkpoint.config, checkpoint.config.get("text_config") or {})
+    families = {str(config.get("model_type")) for config in texts if isinstance(config, dict)}
+    if families & _EXPERTS_IN_OUT:
+        return True
+    return False if families & _EXPERTS_OUT_IN else None
 
 
 def target_modules_for(modules: Sequence[str], checkpoint: Checkpoint) -> list[str]:

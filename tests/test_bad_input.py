@@ -143,6 +143,7 @@ HEADERS: dict[str, tuple[dict[str, Any] | bytes, bytes, int | None, tuple[str, .
     "a shape of astronomic size": (
         {Q_PROJ: entry(shape=tuple([(1 << 64) - 1] * 300))}, bytes(16), None, (repr(Q_PROJ), "takes 16 bytes"),
     ),
+    "a shape beyond 64 bits": ({Q_PROJ: entry(shape=(0, 1 << 64), end=0)}, b"", None, ("impossible shape",)),
     "a negative shape": ({Q_PROJ: entry(shape=(-2, -2))}, bytes(16), None, ("impossible shape [-2, -2]",)),
     "a shape that is no list": ({Q_PROJ: entry(shape=4)}, bytes(16), None, ("impossible shape 4",)),
     "an unknown dtype": ({Q_PROJ: entry("F31")}, bytes(16), None, (repr(Q_PROJ), "unknown dtype", "F31")),
@@ -495,7 +496,9 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.mark.parametrize("at", [(1, 2), BEYOND], ids=["sampled", "beyond"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("method", ["nystrom", "nystrom-pinv", "nystrom-optimal", "sketch", "pissa", "pissa-fast"])
+@pytest.mark.parametrize(
+    "method", ["nystrom", "nystrom-pinv", "nystrom-optimal", "sketch", "pissa", "pissa-fast", "nystrom --sampling norm"]
+)
 def test_a_target_that_is_not_finite(
     method: str, value: float, at: tuple[int, int], surgery: Surgery, tmp_path: Path
 ) -> None:
@@ -503,7 +506,7 @@ def test_a_target_that_is_not_finite(
     words = (repr(Q_PROJ), "holds NaN or infinity", "--allow-nonfinite")
     with nothing_changes(tmp_path):
         for residual in ("baked", "none"):
-            options = ("--rank", 4, "--method", method, "--residual", residual)
+            options = ("--rank", 4, "--residual", residual, "--method", *method.split())
             assert_broke_off(surgery("init", model, "-o", tmp_path / "out", *options), 6, *words)
 
 
@@ -519,9 +522,9 @@ def test_a_virtual_residual_finds_what_it_samples(
         assert_broke_off(finished, 6, repr(Q_PROJ), "holds NaN or infinity", "--allow-nonfinite")
 
 
-@pytest.mark.parametrize("method", ["nystrom-optimal", "sketch", "pissa"])
+@pytest.mark.parametrize("method", ["nystrom-optimal", "sketch", "pissa", "nystrom --sampling norm"])
 def test_a_virtual_residual_finds_all_where_it_reads_all(method: str, surgery: Surgery, tmp_path: Path) -> None:
-    options = ("--rank", 4, "--method", method, "--residual", "virtual")
+    options = ("--rank", 4, "--residual", "virtual", "--method", *method.split())
     model = write_llama(tmp_path / "model", changes=poisoned(NAN, *BEYOND))
     with nothing_changes(tmp_path):
         assert_broke_off(surgery("init", model, "-o", tmp_path / "out", *options), 6, repr(Q_PROJ))
@@ -623,18 +626,26 @@ def test_an_overflow(what: str, surgery: Surgery, tmp_path: Path) -> None:
         assert "holds NaN" not in finished.stderr
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e-18, 1e10])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        pytest.param(0 * llama_tensors()[Q_PROJ], id="zero"),
+        pytest.param(1e-18 * llama_tensors()[Q_PROJ], id="tiny"),
+        pytest.param(1e10 * llama_tensors()[Q_PROJ], id="large"),
+        pytest.param(1e10 + 0 * llama_tensors()[Q_PROJ], id="large and of one sign"),
+    ],
+)
 @pytest.mark.parametrize("residual", ["baked", "virtual", "none"])
-def test_extreme_weights_are_measured(factor: float, residual: str, surgery: Surgery, tmp_path: Path) -> None:
+def test_extreme_weights_are_measured(weight: Tensor, residual: str, surgery: Surgery, tmp_path: Path) -> None:
     """The norm of the start is measured where its square leaves fp32."""
-    changes = {Q_PROJ: (factor * llama_tensors(torch.float64)[Q_PROJ]).to(torch.bfloat16)}
+    changes = {Q_PROJ: weight}
     model = write_llama(tmp_path / "model", changes=changes)
     quietly(surgery("init", model, "-o", tmp_path / "out", "--rank", 4, "--residual", residual))
     manifest = (tmp_path / "out" / MANIFEST).read_text()
     assert not re.search(r"\b(NaN|Infinity)\b", manifest)
     modules = {module["tensor"]: module for module in json.loads(manifest)["modules"]}
-    weight = changes[Q_PROJ].double()
-    exact = torch.linalg.vector_norm(weight[:, :4] @ weight[:4, :4] @ weight[:4])
+    wide = weight.double()
+    exact = torch.linalg.vector_norm(wide[:, :4] @ wide[:4, :4] @ wide[:4])
     assert modules[Q_PROJ]["delta_norm"] == pytest.approx(float(exact), rel=1e-4)
 
 

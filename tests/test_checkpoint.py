@@ -132,6 +132,7 @@ def test_unaligned_tensors_read_the_same(tmp_path: Path, dtype: torch.dtype, pad
     assert bytes(oracle(path)["weight"]["data"]) == bytes_of(expected)
     with Checkpoint.open(tmp_path) as checkpoint:
         tensor = checkpoint.tensor("weight")
+        assert tensor.data_ptr() % dtype.itemsize == 0
         assert bytes_of(tensor) == bytes_of(expected)
         assert bytes_of(tensor[1:3, 2]) == bytes_of(expected[1:3, 2])
         assert bytes(checkpoint.raw("weight")) == bytes_of(expected)

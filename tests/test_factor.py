@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -350,7 +350,7 @@ def test_factorize_against_the_exact_svd(
         if options.samples_only:
             assert equal(again, factors)
         else:
-            assert abs(residual(weight, again) - found) <= rounding + 1e-3 * found
+            assert abs(residual(weight, again) - found) <= rounding
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -407,8 +407,9 @@ def test_the_seed_alone_decides(method: Method, sampling: Sampling, threads: Cal
     if options.samples_only or method in FAMILY_NYSTROM:
         assert torch.equal(one.lora_A, two.lora_A)
         assert torch.equal(one.lora_B, two.lora_B)
-    # Thread counts reorder sums: backward errors of max(out, in) eps, amplified by the gaps of the sketch's spectrum.
-    assert float((product(one) - product(two)).norm()) <= 1e-3 * float(product(one).norm())
+    # Thread counts reorder sums: a backward error, which an SVD cut at r amplifies by its gap, a core by its factors.
+    bound = truncation_bound(weight, 8, torch.float32) + max(weight.shape) * eps(torch.float32) * magnitude(one)
+    assert float((product(one) - product(two)).norm()) <= bound
     deterministic = method == "pissa" or (method in FAMILY_NYSTROM and sampling == "leading")
     assert torch.equal(two.lora_A, other.lora_A) == deterministic
 
@@ -686,7 +687,7 @@ def test_two_matrix_pissa_is_stock_pefts(shape: tuple[int, int], alpha: int) -> 
     bound = 2 * truncation_bound(weight, r, torch.float32)
     assert float((ours - theirs).norm()) <= 2 * bound
     assert float((weight.double() - ours - base.double()).norm()) <= 3 * bound
-    # The scale is spread alike, too: lora_A's Gram matrix in the other side's coordinates knows no signs.
+    # The scale is spread alike, too, and norms know no signs.
     for one, other in ((factors.lora_A, lora_A), (factors.lora_B.T, lora_B.T)):
         assert torch.allclose(one.norm(dim=1), other.norm(dim=1), rtol=100 * eps(torch.float32))
 
@@ -967,7 +968,6 @@ def test_delta_norm_of_cancelling_factors_needs_fp64() -> None:
     column, row = gaussian(50, 1), gaussian(1, 40, seed=1)
     left, right = torch.cat([column, column], 1), torch.cat([row, row * (2**-20 - 1)])
     dense = float((left @ right).norm())
-    assert torch.equal(right, right.float().double()) is False
     assert delta_norm(left, right) == pytest.approx(dense, rel=1e-3)
     assert delta_norm(left.float(), right.float()) != pytest.approx(dense, rel=0.1)
 
@@ -994,20 +994,3 @@ def test_sides_are_the_dense_product_in_fp64(stored: torch.dtype, dtype: torch.d
     if stored is torch.bfloat16:
         unrounded = 0.7 * lora_B @ (torch.eye(4).double() if two_matrix else lora_N) @ lora_A
         assert float((left.double() @ right.double() - unrounded).norm()) > 100 * bound
-
-
-def test_numpy_agrees_on_the_whole_chain() -> None:
-    """One end-to-end check in another library: raw and optimal cores, and the truncated SVD, by NumPy in fp64."""
-    weight, r = realistic(24, 18), 5
-    dense = weight.numpy()
-    col_block, row_block = dense[:, :r], dense[:r]
-    U, S, Vh = np.linalg.svd(dense, full_matrices=False)
-    expected = {
-        "nystrom": col_block @ dense[:r, :r] @ row_block,
-        "nystrom-pinv": col_block @ np.linalg.pinv(dense[:r, :r], rcond=0.1) @ row_block,
-        "nystrom-optimal": col_block @ np.linalg.pinv(col_block) @ dense @ np.linalg.pinv(row_block) @ row_block,
-        "pissa": U[:, :r] * S[:r] @ Vh[:r],
-    }
-    for method, matrix in expected.items():
-        factors = factorize(weight, r, FactorOptions(method=method), generator=seeded(), dtype=torch.float64)
-        assert np.allclose(product(factors).numpy(), matrix, rtol=1e-10, atol=1e-10)

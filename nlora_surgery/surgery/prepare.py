@@ -28,6 +28,7 @@ from nlora_surgery.checkpoint import (
     Checkpoint,
     FileLayout,
     TensorInfo,
+    read_json,
 )
 from nlora_surgery.errors import NonFiniteError, OptionError, SurgeryError, UnsupportedCheckpointError
 from nlora_surgery.factor import Factors, delta_norm, factorize, row_tiles
@@ -181,9 +182,9 @@ def plan_init(
     """
     options.check()
     device_kind = resolve_devices(device)[0].type
-    if (model / MANIFEST).exists():
+    if (model / MANIFEST).exists() and read_json(model / MANIFEST).get("command") == "init":
         raise UnsupportedCheckpointError(
-            f"{model} is an output of nlora_surgery already (it has {MANIFEST}); name the original model"
+            f"{model} is an output of init already ({MANIFEST} says so); name the original model"
         )
     source = Checkpoint.open(model)
     refuse_quantized(source)

@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -274,21 +274,10 @@ _Sides = tuple[Tensor, Tensor]  # left (out, k) and right (k, in) of a product
 def _effective_delta(prepared: Prepared, module: str) -> tuple[_Sides, _Sides]:
     """What the adapter adds to a module's weight, and the same of absolute values, as left and right factors."""
     adapter = prepared.adapter
-    scaling = adapter.scaling(module)
-    factors, initial = adapter.factors(module), adapter.initial(module)
-    left, right = factors.sides(scaling, torch.float64)
-    if initial is not None:  # current minus initial: [s B N | -s B0 N0] [A; A0]
-        initial_left, initial_right = initial.sides(scaling, torch.float64)
-        same = all(map(torch.equal, _matrices(factors), _matrices(initial)))
-        left = torch.zeros_like(left) if same else torch.cat([left, -initial_left], 1)
-        right = right if same else torch.cat([right, initial_right])
+    factors = adapter.factors(module)
     core = None if factors.lora_N is None else factors.lora_N.double().abs()
     size = Factors(factors.lora_A.double().abs(), factors.lora_B.double().abs(), core)
-    return (left, right), size.sides(abs(scaling), torch.float64)
-
-
-def _matrices(factors: Factors) -> Iterable[Tensor]:
-    return [matrix for matrix in (factors.lora_A, factors.lora_N, factors.lora_B) if matrix is not None]
+    return adapter.sides(module, torch.float64), size.sides(abs(adapter.scaling(module)), torch.float64)
 
 
 def _transposed(sides: _Sides) -> _Sides:
@@ -426,7 +415,7 @@ def _apply_adapter(model: Any, prepared: Prepared) -> None:
         factors, initial = prepared.adapter.factors(module), prepared.adapter.initial(module)
 
         def through(which: Factors, x: Tensor) -> Tensor:
-            for matrix in _matrices(which):
+            for matrix in which.matrices():
                 x = x @ matrix.float().T
             return scaling * x
 

@@ -1,0 +1,73 @@
+"""`nlora_surgery merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from nlora_surgery_cli.options import byte_count
+from nlora_surgery_cli.render import ProgressBar, bytes_text, echo_json, figure, first_rank
+
+from nlora_surgery.errors import OptionError
+
+__all__ = ["command"]
+
+
+@click.command("merge")
+@click.argument("base")
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Directory to make.")
+@click.option("--weight", "weights", type=float, multiple=True, help="Times an adapter's change; one per ADAPTER.")
+@click.option("--untie", is_flag=True, help="Give a tied head its own tensor where head or embedding changes.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (all GPUs), cuda:N or mps.")
+@click.option("--max-memory", callback=byte_count, help="Bound on buffers, e.g. 500MB; fewer threads keep it.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def command(
+    base: str,
+    adapters: tuple[str, ...],
+    out: Path,
+    weights: tuple[float, ...],
+    untie: bool,
+    device: str,
+    max_memory: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Merge ADAPTERs into BASE, the model that they belong to.
+
+    Streams the shards; one sum in fp32, one rounding. Each is a directory, or a Hub id. Every key of every
+    adapter must match a tensor of the base.
+    """
+    if weights and len(weights) != len(adapters):
+        raise OptionError(f"--weight is given {len(weights)} times for {len(adapters)} adapters; give one for each")
+    from nlora_surgery.hub import fetch
+    from nlora_surgery.surgery.merge import merge, plan_merge
+
+    pairs = [(fetch(name), weight) for name, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True)]
+    plan = plan_merge(fetch(base), pairs, out, untie=untie, base_name=base, device=device)
+    total = len(plan.base.tensors) + len(plan.engine.appended)
+    if dry_run:
+        if as_json:
+            echo_json({"out": str(out), "size_bytes": plan.engine.size_bytes, "changed": list(plan.engine.edits)})
+        else:
+            click.echo(
+                f"Would write {out}: {bytes_text(plan.engine.size_bytes)}, {len(plan.engine.edits)} of {total} tensors "
+                "changed. Nothing was written."
+            )
+        return
+    with ProgressBar("merge") as progress:
+        manifest = merge(plan, device=device, overwrite=overwrite, max_memory=max_memory, progress=progress)
+    if not first_rank():
+        return
+    if as_json:
+        echo_json(manifest)
+        return
+    ratios = [change["delta_ratio"] for change in manifest["changed"] if change["delta_ratio"] is not None]
+    largest = figure(max(ratios, default=None), ".3g")
+    click.echo(
+        f"Wrote {out}: {len(manifest['changed'])} of {total} tensors changed (largest ‖change‖/‖weight‖ {largest}), "
+        f"{bytes_text(plan.engine.size_bytes)}."
+    )

@@ -1,0 +1,443 @@
+"""merge: adapters into their base, streamed; one sum in fp32 (fp64), one rounding."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlora_surgery.adapter import Adapter, check_base
+from nlora_surgery.checkpoint import INDEX_FILE, MANIFEST, Checkpoint, TensorInfo, read_json
+from nlora_surgery.errors import AdapterError, NonFiniteError, OptionError
+from nlora_surgery.factor import delta_norm, row_tiles
+from nlora_surgery.rewrite import Edit, Plan, Progress, compute_dtype, resolve_devices, rewrite
+from nlora_surgery.staging import run_id
+from nlora_surgery.targets import experts_lie_in_out, is_conv1d, refuse_quantized
+from nlora_surgery.version import VERSION
+
+__all__ = ["MergePlan", "merge", "plan_merge"]
+
+_HEAD = "lm_head"
+_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared"}
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one adapter does to one tensor."""
+
+    adapter: Adapter
+    module: str
+    weight: float
+
+
+@dataclass
+class _Change:
+    """All that happens to one tensor of the base."""
+
+    shares: list[_Share] = field(default_factory=list)
+    biases: list[_Share] = field(default_factory=list)
+    replacement: tuple[Adapter, str] | None = None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What `merge` will do, decided before it touches anything.
+
+    Attributes:
+        base: the opened base.
+        base_name: how the user named it.
+        out: the directory to be made.
+        adapters: each with its weight.
+        changes: by the name of the tensor.
+        engine: the engine's plan.
+    """
+
+    base: Checkpoint
+    base_name: str
+    out: Path
+    adapters: Sequence[tuple[Adapter, float]]
+    changes: dict[str, _Change]
+    engine: Plan
+
+
+def plan_merge(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    out: Path,
+    *,
+    untie: bool = False,
+    base_name: str | None = None,
+    device: str = "auto",
+) -> MergePlan:
+    """Open everything, match every key of every adapter with a tensor, lay out every file.
+
+    Args:
+        base: directory of the base that the adapters belong to.
+        adapters: their directories, and what each product is multiplied by.
+        out: directory to be made.
+        untie: give a tied head a tensor of its own where only one of head and embedding changes.
+        base_name: how the user named the base; the path by default.
+        device: see `resolve_devices`.
+
+    Raises:
+        AdapterError, BaseMismatchError: an adapter is damaged, belongs to another base, matches nothing, has
+            other shapes, or cannot be combined with another.
+        CheckpointError, UnsupportedCheckpointError: the base is damaged or quantized.
+        OptionError: a weight is not finite.
+    """
+    device_kind = resolve_devices(device)[0].type
+    source = Checkpoint.open(base)
+    refuse_quantized(source, "merged into")
+    opened = [(Adapter.open(path), weight) for path, weight in adapters]
+    changes: dict[str, _Change] = {}
+    appended: dict[str, str] = {}
+    for adapter, weight in opened:
+        if not math.isfinite(weight):
+            raise OptionError(f"--weight must be finite, not {weight}")
+        check_base(adapter, source)
+        _collect(source, adapter, weight, changes, appended, untie=untie)
+    for name, change in changes.items():
+        _check_change(source, name, change, several=len(opened) > 1)
+
+    ordered = [name for name in [*source.tensors, *appended] if name in changes]
+    carried, _ = source.other_files()
+    engine = Plan(
+        source=source,
+        out=out,
+        edits=ordered,
+        identity={
+            "command": "merge",
+            "version": VERSION,
+            "source": source.fingerprint(),
+            "source_name": base_name or str(base),
+            "adapters": [[adapter.file.fingerprint(), adapter.config.to_json(), weight] for adapter, weight in opened],
+            "untie": untie,
+            "device": device_kind,
+        },
+        carried=carried,
+        worker_bytes=max(_edit_bytes(source, changes[name]) for name in ordered),
+        appended=appended,
+    )
+    return MergePlan(source, base_name or str(base), out, opened, changes, engine)
+
+
+def merge(
+    plan: MergePlan,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the merged model.
+
+    Args:
+        plan: from `plan_merge`, with the same `device`.
+        device, overwrite, max_memory, progress: see `rewrite`.
+
+    Returns:
+        The manifest: `changed` lists each changed tensor with ‖change‖/‖weight‖.
+
+    Raises:
+        OutputError, StageError, NonFiniteError: see `rewrite`.
+    """
+
+    def edit(info: TensorInfo, stored: Tensor) -> Edit:
+        return _edit(plan.base, info, stored, plan.changes[info.name])
+
+    def finish(tree: Path, records: dict[str, dict[str, Any]]) -> None:
+        _finish(plan, tree, records)
+
+    rewrite(plan.engine, edit, finish, device=device, overwrite=overwrite, max_memory=max_memory, progress=progress)
+    return read_json(plan.out / MANIFEST)
+
+
+# --- which tensor changes how ---------------------------------------------------------------------------
+
+
+def _collect(
+    source: Checkpoint,
+    adapter: Adapter,
+    weight: float,
+    changes: dict[str, _Change],
+    appended: dict[str, str],
+    *,
+    untie: bool,
+) -> None:
+    """Add what one adapter does to `changes`; give a tied head its own tensor if that is asked for."""
+    tied = _tied_embedding(source)
+    touched = {name.removesuffix(".weight").rpartition(".")[2] for name in [*adapter.parts, *adapter.replaced]}
+    if tied is not None and touched & {_HEAD, tied.removesuffix(".weight").rpartition(".")[2]}:
+        if not untie:
+            raise AdapterError(
+                f"{adapter.directory} changes the head or the embedding, which are one tensor in {source.directory} "
+                f"({tied}, tie_word_embeddings): a merge would change both; --untie gives the head its own"
+            )
+        appended[f"{_HEAD}.weight"] = tied
+        changes.setdefault(f"{_HEAD}.weight", _Change())  # without a share it is a copy
+    resolved = adapter.resolve(source, extra=appended)
+    for module in adapter.parts:
+        share = _Share(adapter, module, weight)
+        changes.setdefault(resolved[module], _Change()).shares.append(share)
+        if "lora_bias" in adapter.parts[module]:
+            bias = resolved[module].removesuffix("weight") + "bias"
+            if bias not in source.tensors:
+                raise AdapterError(f"{adapter.directory} trains a bias of {module}, but the base has no {bias}")
+            changes.setdefault(bias, _Change()).biases.append(share)
+    for wanted, name in adapter.replaced.items():
+        change = changes.setdefault(resolved[wanted], _Change())
+        if change.replacement is not None:
+            raise AdapterError(f"two adapters replace {resolved[wanted]} (modules_to_save); merge one of them")
+        if weight != 1:
+            raise OptionError(f"--weight {weight:g} has no meaning for {wanted}, which {adapter.directory} replaces")
+        change.replacement = (adapter, name)
+
+
+def _tied_embedding(source: Checkpoint) -> str | None:
+    """The embedding that is the head too, if there is one."""
+    heads = [name for name in source.tensors if name.removesuffix(".weight").rpartition(".")[2] == _HEAD]
+    configs = (source.config, source.config.get("text_config") or {})
+    # transformers ties unless the configuration says otherwise, but only a missing head proves it.
+    if heads or any(config.get("tie_word_embeddings") is False for config in configs if isinstance(config, dict)):
+        return None
+    found = [name for name in source.tensors if name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS]
+    return found[0] if len(found) == 1 else None
+
+
+def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bool) -> None:
+    """Refuse shapes that disagree, and combinations that mean nothing."""
+    base = source.tensors.get(name)
+    shape = base.shape if base is not None else None
+    if base is not None and base.torch_dtype is None:
+        raise AdapterError(f"{name} is stored as {base.dtype}, which nothing can be added to")
+    for share in change.shares:
+        adapter, module = share.adapter, share.module
+        own = adapter.shape(module)
+        found: tuple[int, ...] = (own.out_features, own.in_features)
+        if shape is not None and len(shape) == 3:
+            if found in {shape[1:], shape[:0:-1]} and own.r % shape[0] == 0:
+                _experts_transposed(source, share, shape)
+                continue
+        elif is_conv1d(source, name.removesuffix(".weight")) and not adapter.is_embedding(module):
+            found = found[::-1]
+        if shape is not None and found != shape:
+            raise AdapterError(
+                f"{adapter.directory}: {module} changes a weight of shape {list(found)}, but {name} of the base has "
+                f"{list(shape)}"
+            )
+        if "magnitude" in adapter.parts[module]:
+            if several or adapter.is_embedding(module) or (shape is not None and len(shape) == 3):
+                raise AdapterError(
+                    f"{adapter.directory}: {module} has a DoRA magnitude, which can be merged alone, into a linear "
+                    "weight; merge this adapter first, by itself"
+                )
+            size = math.prod(adapter.file.tensors[adapter.parts[module]["magnitude"]].shape)
+            if size != own.out_features:
+                raise AdapterError(
+                    f"{adapter.directory}: the magnitude of {module} has {size} values, expected {own.out_features}"
+                )
+    if change.replacement is not None:
+        adapter, key = change.replacement
+        theirs = adapter.file.tensors[key]
+        if shape is not None and theirs.shape != shape:
+            raise AdapterError(
+                f"{adapter.directory} replaces {name} by shape {list(theirs.shape)}, the base has {list(shape)}; a "
+                "resized vocabulary cannot be merged file by file: resize the base first"
+            )
+
+
+def _experts_transposed(source: Checkpoint, share: _Share, shape: tuple[int, ...]) -> bool:
+    """Whether fused experts (experts, a, b) lie as (experts, in, out)."""
+    own = share.adapter.shape(share.module)
+    if own.out_features != own.in_features:
+        return (own.in_features, own.out_features) == shape[1:]
+    known = experts_lie_in_out(source)
+    if known is None:
+        raise AdapterError(
+            f"{share.module} is square, and the orientation of its experts in model_type "
+            f"{source.config.get('model_type')!r} is not known; it will not be guessed"
+        )
+    return known
+
+
+def _edit_bytes(source: Checkpoint, change: _Change) -> int:
+    """About what the factors of one tensor take, widened to fp64."""
+    total = 0
+    for share in change.shares:
+        own = share.adapter.shape(share.module)
+        total += 4 * 8 * own.r * (own.out_features + own.in_features)
+    return total
+
+
+# --- the arithmetic -----------------------------------------------------------------------------------------
+
+
+def _edit(source: Checkpoint, info: TensorInfo, stored: Tensor, change: _Change) -> Edit:
+    """How one tensor's rows change."""
+    dtype = compute_dtype(stored.dtype)
+    steps: list[Callable[[slice, Tensor], None]] = []
+    figures: dict[str, Any] = {}
+    if change.replacement is not None:
+        adapter, key = change.replacement
+        own = _finite(adapter.file.tensor(key), adapter, key).to(stored.device)
+        matrix = own.reshape(-1, own.shape[-1])
+        steps.append(lambda rows, tile: _put(tile, matrix[rows]))
+    for share in change.biases:
+        bias = share.adapter.file.tensor(share.adapter.parts[share.module]["lora_bias"]).to(stored.device, dtype)
+        bias = bias * (share.weight * share.adapter.scaling(share.module))
+        steps.append(_adding(bias[None]))
+    if change.shares and stored.ndim == 3:
+        steps.append(_adding_experts(source, stored, change.shares, dtype))
+    elif change.shares:
+        left, right = _sides(change.shares, stored, dtype)
+        figures["delta_norm"] = delta_norm(left, right)
+        transposed = is_conv1d(source, info.name.removesuffix(".weight"))
+        if transposed:
+            left, right = right.T.contiguous(), left.T.contiguous()
+        steps.append(_adding_product(left, right))
+        share = change.shares[0]
+        magnitude = share.adapter.parts[share.module].get("magnitude")
+        if magnitude is not None:
+            sizes = share.adapter.file.tensor(magnitude).to(stored.device, dtype).reshape(-1)
+            steps.append(_rescaling(sizes, stored, left, right, transposed=transposed))
+            figures.pop("delta_norm")
+    if not steps:
+        return Edit(None)
+
+    def apply(rows: slice, tile: Tensor) -> None:
+        for step in steps:
+            step(rows, tile)
+
+    return Edit(apply, figures=figures)
+
+
+def _sides(shares: Sequence[_Share], stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The sum of the adapters' products as one product: their sides, side by side."""
+    lefts, rights = [], []
+    for share in shares:
+        for matrix in share.adapter.factors(share.module).matrices():
+            _finite(matrix, share.adapter, share.module)
+        left, right = share.adapter.sides(share.module, dtype, share.weight)
+        lefts.append(left.to(stored.device))
+        rights.append(right.to(stored.device))
+    return torch.cat(lefts, 1), torch.cat(rights)
+
+
+def _finite(tensor: Tensor, adapter: Adapter, name: str) -> Tensor:
+    if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor)):
+        raise NonFiniteError(name, f"{adapter.directory}: {name} holds NaN or infinity; its training diverged")
+    return tensor
+
+
+def _put(tile: Tensor, rows: Tensor) -> None:
+    tile.copy_(rows)
+
+
+def _adding(row: Tensor) -> Callable[[slice, Tensor], None]:
+    return lambda rows, tile: _put(tile, tile + row)
+
+
+def _adding_product(left: Tensor, right: Tensor) -> Callable[[slice, Tensor], None]:
+    def add(rows: slice, tile: Tensor) -> None:
+        tile.addmm_(left[rows], right)
+
+    return add
+
+
+def _rescaling(
+    magnitude: Tensor, stored: Tensor, left: Tensor, right: Tensor, *, transposed: bool
+) -> Callable[[slice, Tensor], None]:
+    """DoRA (arXiv 2402.09353, equation 5): each output's weights brought to the length that was learnt."""
+    if not transposed:
+
+        def rescale(rows: slice, tile: Tensor) -> None:
+            tile.mul_((magnitude[rows] / torch.linalg.vector_norm(tile, dim=1))[:, None])
+
+        return rescale
+    # Stored as (in, out), an output is a column: its length takes a pass over all rows first.
+    squares = torch.zeros_like(magnitude)
+    for rows in row_tiles(stored.shape, left.dtype.itemsize):
+        tile = torch.addmm(stored[rows].to(left.dtype), left[rows], right)
+        squares += tile.square().sum(0)
+    factor = magnitude / squares.sqrt()
+    return lambda rows, tile: _put(tile, tile * factor)
+
+
+def _adding_experts(
+    source: Checkpoint, stored: Tensor, shares: Sequence[_Share], dtype: torch.dtype
+) -> Callable[[slice, Tensor], None]:
+    """Products for a fused (experts, a, b) parameter, expert by expert.
+
+    PEFT lays them out as `lora_A (r * experts, in)`, with the experts outermost, and `lora_B (out, r * experts)`,
+    with the experts innermost.
+    """
+    experts, height, _ = stored.shape
+    products: list[tuple[Tensor, Tensor]] = []  # (experts, a, r) and (experts, r, b)
+    for share in shares:
+        factors = share.adapter.factors(share.module)
+        scaling = share.weight * share.adapter.scaling(share.module, experts)
+        for matrix in factors.matrices():
+            _finite(matrix, share.adapter, share.module)
+        a = factors.lora_A.to(stored.device, dtype).reshape(experts, -1, factors.lora_A.shape[-1])
+        b = factors.lora_B.to(stored.device, dtype).reshape(factors.lora_B.shape[0], -1, experts).permute(2, 0, 1)
+        if _experts_transposed(source, share, tuple(stored.shape)):
+            products.append((a.mT * scaling, b.mT))
+        else:
+            products.append((b * scaling, a))
+
+    def add(rows: slice, tile: Tensor) -> None:
+        start = rows.start
+        while start < rows.stop:
+            expert, first = divmod(start, height)
+            count = min(height - first, rows.stop - start)
+            for left, right in products:
+                tile[start - rows.start :][:count].addmm_(left[expert, first : first + count], right[expert])
+            start += count
+
+    return add
+
+
+def _finish(plan: MergePlan, tree: Path, records: dict[str, dict[str, Any]]) -> None:
+    """Untie the configuration if the head was, and write the manifest."""
+    if plan.engine.appended:
+        _untie(plan, tree)
+    with Checkpoint.open(tree) as written:
+        fingerprint = written.fingerprint()
+    changed = []
+    for name, record in records.items():
+        figures = record["figures"]
+        weight_norm, delta = figures.get("weight_norm"), figures.get("delta_norm")
+        ratio = delta / weight_norm if weight_norm and delta is not None else None
+        changed.append({"tensor": name, "delta_ratio": ratio, "checksums": record["checksums"]})
+    manifest = {
+        "format": 1,
+        "tool": {"name": "nlora_surgery", "version": VERSION},
+        "command": "merge",
+        "run": run_id(plan.engine.identity),
+        "source": {"name": plan.base_name, "fingerprint": plan.engine.identity["source"]},
+        "adapters": [{"name": str(adapter.directory), "weight": weight} for adapter, weight in plan.adapters],
+        "fingerprint": fingerprint,
+        "tensors": len(plan.base.tensors) + len(plan.engine.appended),
+        "changed": changed,
+    }
+    (tree / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _untie(plan: MergePlan, tree: Path) -> None:
+    config = read_json(tree / "config.json")
+    config["tie_word_embeddings"] = False
+    (tree / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if (tree / INDEX_FILE).exists():
+        index = read_json(tree / INDEX_FILE)
+        for name in plan.engine.appended:
+            origin = plan.engine.origin(name)
+            index["weight_map"][name] = origin.file
+            if isinstance(index.get("metadata"), dict) and isinstance(index["metadata"].get("total_size"), int):
+                index["metadata"]["total_size"] += origin.size_bytes
+        (tree / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
