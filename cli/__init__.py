@@ -16,6 +16,8 @@ __all__ = ["main"]
 COMMANDS = {
     "init": "Factor a model's weights: write the residual base and the adapter.",
     "merge": "Merge adapters into their base.",
+    "convert": "Turn LoRA into SLoRA, or a residual adapter into LoRA of the original.",
+    "extract": "Find the adapter between two checkpoints.",
     "inspect": "Say what a directory is, and what a rank costs.",
     "verify": "Check that nothing was lost.",
 }

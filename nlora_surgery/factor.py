@@ -324,7 +324,7 @@ def split_scale(svd: SVD, split: ScaleSplit, condition: float | None = None) -> 
         root = S.sqrt()
         identity = torch.eye(len(S), dtype=S.dtype, device=S.device)
         return Factors(root[:, None] * Vh, U * root, identity, condition)
-    return Factors(Vh.contiguous(), U.contiguous(), torch.diag(S), condition)
+    return Factors(Vh.clone(), U.clone(), torch.diag(S), condition)  # clones let the whole of an SVD go
 
 
 def initial_zero(

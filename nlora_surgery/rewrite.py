@@ -95,6 +95,7 @@ class Plan:
         worker_bytes: what the edit itself allocates at most, per thread.
         appended: tensors that the source lacks, each put at the end of the file that holds the source tensor
             from which its edit starts: its name, and that tensor's. They are among `edits`.
+        inputs: directories that the output must not touch; None is the source's.
     """
 
     source: Checkpoint
@@ -107,6 +108,7 @@ class Plan:
     needs_whole: bool = True
     worker_bytes: int = 0
     appended: Mapping[str, str] = field(default_factory=dict)
+    inputs: Sequence[Path] | None = None
 
     @cached_property
     def layouts(self) -> dict[str, FileLayout]:
@@ -263,7 +265,8 @@ def rewrite(
 def _open_stage(plan: Plan, stage: Stage, overwrite: bool) -> None:
     exists = os.path.lexists(plan.out)
     try:
-        check_output(plan.out, [plan.source.directory], overwrite=overwrite)
+        inputs = [plan.source.directory] if plan.inputs is None else plan.inputs
+        check_output(plan.out, inputs, overwrite=overwrite)
     except OutputError:
         # Killed between the commit and the tidying up: the output is there, and so is what is left of the stage.
         if overwrite or not exists or not stage.directory.exists():

@@ -20,7 +20,15 @@ FLOORS = [
     {"ranks", "staging"},
     {"rewrite", "targets", "adapter"},
     {"manifest"},
-    {"surgery.prepare", "surgery.merge", "surgery.verify", "surgery.inspect", "hub"},
+    {
+        "surgery.prepare",
+        "surgery.convert",
+        "surgery.extract",
+        "surgery.merge",
+        "surgery.verify",
+        "surgery.inspect",
+        "hub",
+    },
 ]
 ENTRY_POINTS = {"", "surgery", "__main__"}  # packages hold no code; __main__ starts the command line
 
@@ -84,7 +92,7 @@ def test_the_public_names_exist() -> None:
         _ = nlora_surgery.no_such_name
 
 
-@pytest.mark.parametrize("arguments", [[], ["init"], ["merge"], ["verify"], ["inspect"]])
+@pytest.mark.parametrize("arguments", [[], ["init"], ["merge"], ["convert"], ["extract"], ["verify"], ["inspect"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     """`--help` must answer at once; torch alone takes over a second to import."""
     script = (

@@ -123,6 +123,7 @@ def plan_merge(
         carried=carried,
         worker_bytes=max(_edit_bytes(source, changes[name]) for name in ordered),
         appended=appended,
+        inputs=[base, *(path for path, _ in adapters if path.is_dir())],
     )
     return MergePlan(source, base_name or str(base), out, opened, changes, engine)
 

@@ -1,0 +1,433 @@
+"""extract: the low-rank adapter between two checkpoints, streamed pairwise."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlora_surgery.adapter import FINGERPRINT_KEY, AdapterConfig, ModuleShape, task_type_of, tensor_name
+from nlora_surgery.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    FLOAT_DTYPES,
+    MANIFEST,
+    Checkpoint,
+    TensorInfo,
+    plan_file,
+    read_json,
+)
+from nlora_surgery.errors import CheckpointError, NonFiniteError, OptionError, TargetError
+from nlora_surgery.factor import SVD, Factors, delta_norm, randomized_svd, split_scale, truncated_svd
+from nlora_surgery.options import ADAPTER_DTYPES
+from nlora_surgery.rewrite import Edit, Plan, Progress, compute_dtype, resolve_devices, rewrite
+from nlora_surgery.staging import run_id
+from nlora_surgery.targets import is_conv1d, refuse_quantized, target_modules_for
+from nlora_surgery.version import VERSION
+
+__all__ = ["ExtractOptions", "ExtractPlan", "extract", "plan_extract"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractOptions:
+    """What `extract` is asked for.
+
+    Attributes:
+        rank: r at most; smaller modules get min(out, in).
+        to: `lora` or `slora`.
+        method: `sketch` or `svd`, the exact one.
+        tolerance: leave away singular values while ‖error‖/‖change‖ stays below it; 0 keeps all `rank` of them.
+        others: what to do with changed tensors that are no linear weights: `save` puts them into
+            modules_to_save, `refuse` fails, `ignore` leaves them out and says so.
+        dtype: of the adapter.
+        seed: of the sketch.
+    """
+
+    rank: int = 64
+    to: str = "lora"
+    method: str = "sketch"
+    tolerance: float = 0.0
+    others: str = "save"
+    dtype: str = "float32"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse impossible values.
+
+        Raises:
+            OptionError: which one.
+        """
+        if self.rank < 1:
+            raise OptionError(f"--rank must be at least 1, not {self.rank}")
+        if not 0 <= self.tolerance < 1:
+            raise OptionError(f"--tolerance must be at least 0 and below 1, not {self.tolerance}")
+        for name, value, known in (
+            ("to", self.to, ("lora", "slora")),
+            ("method", self.method, ("sketch", "svd")),
+            ("others", self.others, ("save", "refuse", "ignore")),
+            ("dtype", self.dtype, ADAPTER_DTYPES),
+        ):
+            if value not in known:
+                raise OptionError(f"--{name} {value} is unknown; there are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class ExtractPlan:
+    """What `extract` will do, decided before it writes anything.
+
+    Attributes:
+        base, tuned: the opened checkpoints.
+        out: the directory to be made.
+        options: as given.
+        modules: the changed linear weights: shapes by tensor name.
+        replaced: changed tensors that go to modules_to_save.
+        ignored: changed tensors that are left out.
+        config: of the adapter, before ranks are cut by a tolerance.
+        engine: the engine's plan.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    out: Path
+    options: ExtractOptions
+    modules: dict[str, ModuleShape]
+    replaced: Sequence[str]
+    ignored: Sequence[str]
+    config: AdapterConfig
+    engine: Plan
+
+
+def plan_extract(
+    base: Path,
+    tuned: Path,
+    out: Path,
+    options: ExtractOptions,
+    *,
+    base_name: str | None = None,
+    device: str = "auto",
+) -> ExtractPlan:
+    """Open both, find what changed (equal tensors cost a comparison and no more), lay out the adapter.
+
+    Args:
+        base: the model that was tuned.
+        tuned: the result.
+        out: directory to be made.
+        options: what is wanted.
+        base_name: how the user named the base.
+        device: see `resolve_devices`.
+
+    Raises:
+        CheckpointError: they are not of one architecture.
+        TargetError: nothing changed; or, with `others="refuse"`, something that is no linear weight did.
+    """
+    options.check()
+    device_kind = resolve_devices(device)[0].type
+    source, result = Checkpoint.open(base), Checkpoint.open(tuned)
+    refuse_quantized(source, "compared")
+    refuse_quantized(result, "compared")
+    odd = sorted(source.tensors.keys() ^ result.tensors.keys())
+    if odd:
+        raise CheckpointError(
+            f"{base} and {tuned} are not of one architecture: {len(odd)} tensors are in one of them only, "
+            f"{odd[0]} for instance"
+        )
+    changed = _changed(source, result)
+    if not changed:
+        raise TargetError(f"{tuned} equals {base} in every tensor; there is nothing to extract")
+
+    modules: dict[str, ModuleShape] = {}
+    replaced: list[str] = []
+    for name in changed:
+        before, after = source.tensors[name], result.tensors[name]
+        if _is_factorable(before, after):
+            module = name.removesuffix(".weight")
+            out_features, in_features = before.shape[::-1] if is_conv1d(source, module) else before.shape
+            modules[name] = ModuleShape(module, out_features, in_features, min(options.rank, *before.shape))
+        else:
+            replaced.append(name)
+    resized = [name for name in replaced if source.tensors[name].shape != result.tensors[name].shape]
+    unsavable = [name for name in replaced if result.tensors[name].torch_dtype is None]
+    if replaced and options.others == "refuse":
+        raise TargetError(
+            f"{len(replaced)} changed tensors are no linear weights: {', '.join(replaced[:5])}; --others save puts "
+            "them into modules_to_save, --others ignore leaves them out"
+        )
+    if options.others == "save" and (resized or unsavable):
+        name = [*resized, *unsavable][0]
+        raise TargetError(
+            f"{name} is {source.tensors[name].dtype} {list(source.tensors[name].shape)} in {base} and "
+            f"{result.tensors[name].dtype} {list(result.tensors[name].shape)} in {tuned}, which no adapter can "
+            "express; --others ignore leaves it out"
+        )
+    ignored = replaced if options.others == "ignore" else []
+    replaced = [] if options.others == "ignore" else replaced
+    if not modules and not replaced:
+        raise TargetError(f"no linear weight changed between {base} and {tuned}; only {', '.join(ignored[:5])} did")
+
+    fingerprint = source.fingerprint()
+    config = _config(source, modules, replaced, options, base_name or str(base), fingerprint)
+    dtype = getattr(torch, options.dtype)
+    side = plan_file(
+        ADAPTER_WEIGHTS,
+        [
+            (tensor_name(shape.module, part), dtype, size)
+            for shape in modules.values()
+            for part, size in shape.parts(three_matrix=options.to == "slora").items()
+        ]
+        + [
+            (f"base_model.model.{name}", FLOAT_DTYPES[result.tensors[name].dtype], result.tensors[name].shape)
+            for name in replaced
+        ],
+        {"format": "pt", FINGERPRINT_KEY: fingerprint},
+    )
+    engine = Plan(
+        source=source,
+        out=out,
+        edits=[*modules, *replaced],
+        identity={
+            "command": "extract",
+            "version": VERSION,
+            "source": fingerprint,
+            "tuned": result.fingerprint(),
+            "base_name": base_name or str(base),
+            "device": device_kind,
+            **{name: getattr(options, name) for name in ExtractOptions.__dataclass_fields__},
+        },
+        write_shards=False,
+        side=side,
+        worker_bytes=max((_module_bytes(shape, options) for shape in modules.values()), default=0),
+        inputs=[base, tuned],
+    )
+    return ExtractPlan(source, result, out, options, modules, replaced, ignored, config, engine)
+
+
+def extract(
+    plan: ExtractPlan,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the adapter.
+
+    Args:
+        plan: from `plan_extract`, with the same `device`.
+        device, overwrite, max_memory, progress: see `rewrite`.
+
+    Returns:
+        The manifest: `error`, ‖change - product‖/‖change‖ of each module and of all together; what was
+        replaced and what was left out.
+
+    Raises:
+        OutputError, StageError, NonFiniteError: see `rewrite`.
+    """
+
+    def edit(info: TensorInfo, stored: Tensor) -> Edit:
+        return _edit(plan, info, stored)
+
+    def finish(tree: Path, records: dict[str, dict[str, Any]]) -> None:
+        _finish(plan, tree, records)
+
+    rewrite(plan.engine, edit, finish, device=device, overwrite=overwrite, max_memory=max_memory, progress=progress)
+    return read_json(plan.out / MANIFEST)
+
+
+def _changed(source: Checkpoint, result: Checkpoint) -> list[str]:
+    """Names of the tensors that differ in dtype, shape or any byte."""
+
+    def differs(name: str) -> bool:
+        before, after = source.tensors[name], result.tensors[name]
+        if (before.dtype, before.shape) != (after.dtype, after.shape):
+            return True
+        different = source.raw(name) != result.raw(name)
+        source.release(name)
+        result.release(name)
+        return bool(different)
+
+    with ThreadPoolExecutor(2) as pool:  # two streams: one file each
+        return [
+            name for name, different in zip(source.tensors, pool.map(differs, source.tensors), strict=True) if different
+        ]
+
+
+def _is_factorable(before: TensorInfo, after: TensorInfo) -> bool:
+    floats = before.torch_dtype is not None and after.torch_dtype is not None
+    module = before.name.removesuffix(".weight")
+    embedding = "embed" in module.rpartition(".")[2] or module.rpartition(".")[2] in {"wte", "wpe", "shared"}
+    return (
+        floats
+        and before.shape == after.shape
+        and len(before.shape) == 2
+        and min(before.shape) > 1
+        and (before.name.endswith(".weight") and not embedding)
+    )
+
+
+def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
+    options = plan.options
+    after = plan.tuned.tensor(info.name)
+    if info.name in plan.replaced:
+        return Edit(sides={f"base_model.model.{info.name}": after})
+    dtype = max((compute_dtype(stored.dtype), compute_dtype(after.dtype)), key=lambda each: each.itemsize)
+    # The change is formed as a whole: both sides are rounded numbers, and their difference is exact in few dtypes.
+    change = after.to(stored.device, dtype).sub_(stored.to(dtype))
+    size = float(torch.linalg.vector_norm(change))
+    if not math.isfinite(size):
+        raise NonFiniteError(
+            info.name, f"{info.name!r} holds NaN or infinity in {plan.base.directory} or {plan.tuned.directory}"
+        )
+    shape = plan.modules[info.name]
+    if is_conv1d(plan.base, shape.module):
+        change = change.T
+    if options.method == "svd":
+        svd = truncated_svd(change, shape.r, dtype)
+    else:
+        svd = randomized_svd(
+            change,
+            shape.r,
+            oversampling=16,
+            power_steps=2,
+            generator=_generator(options.seed, shape.module),
+            dtype=dtype,
+        )
+    kept = _kept(svd.S, size, options.tolerance)
+    svd = SVD(svd.U[:, :kept], svd.S[:kept], svd.Vh[:kept])
+    made = split_scale(svd, "balanced")
+    factors = (made if options.to == "slora" else Factors(made.lora_A, made.lora_B)).to(getattr(torch, options.dtype))
+    left, right = factors.sides(1.0, dtype)
+    error = float(torch.linalg.vector_norm(change.sub_(left @ right)))
+    parts = {"lora_A": factors.lora_A, "lora_N": factors.lora_N, "lora_B": factors.lora_B}
+    sides = {
+        tensor_name(shape.module, part): _widened(matrix, part, shape)
+        for part, matrix in parts.items()
+        if matrix is not None
+    }
+    figures = {"change_norm": size, "error_norm": error, "r": kept, "delta_norm": delta_norm(left, right)}
+    return Edit(sides=sides, figures=figures)
+
+
+def _kept(values: Tensor, size: float, tolerance: float) -> int:
+    """How many singular values are needed for ‖error‖ ≤ tolerance * ‖change‖, as far as there are so many."""
+    if tolerance == 0:
+        return len(values)
+    left_over = size**2 - values.double().square().cumsum(0)
+    enough = (left_over <= (tolerance * size) ** 2).nonzero()
+    return int(enough[0]) + 1 if len(enough) else len(values)
+
+
+def _widened(matrix: Tensor, part: str, shape: ModuleShape) -> Tensor:
+    """A factor in the place that was planned for rank r; `_finish` cuts the zeros off again."""
+    planned = shape.parts(three_matrix=True)[part]
+    wide = torch.zeros(planned, dtype=matrix.dtype)
+    wide[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return wide
+
+
+def _finish(plan: ExtractPlan, tree: Path, records: dict[str, dict[str, Any]]) -> None:
+    figures = {name: records[name]["figures"] for name in plan.modules}
+    ranks = {plan.modules[name].module: each["r"] for name, each in figures.items()}
+    config = plan.config
+    if any(each["r"] < plan.modules[name].r for name, each in figures.items()):
+        _cut(plan, tree, ranks)
+        config = _ranked(config, ranks)
+    (tree / ADAPTER_CONFIG).write_text(config.to_json(), encoding="utf-8")
+    total = math.sqrt(sum(each["change_norm"] ** 2 for each in figures.values()))
+    wrong = math.sqrt(sum(each["error_norm"] ** 2 for each in figures.values()))
+    manifest = {
+        "format": 1,
+        "tool": {"name": "nlora_surgery", "version": VERSION},
+        "command": "extract",
+        "run": run_id(plan.engine.identity),
+        "source": {"name": plan.engine.identity["base_name"], "fingerprint": plan.engine.identity["source"]},
+        "options": {name: getattr(plan.options, name) for name in ExtractOptions.__dataclass_fields__},
+        "error": wrong / total if total else 0.0,
+        "replaced": list(plan.replaced),
+        "ignored": list(plan.ignored),
+        "modules": [
+            {
+                "module": plan.modules[name].module,
+                "r": each["r"],
+                "change_norm": each["change_norm"],
+                "error": each["error_norm"] / each["change_norm"] if each["change_norm"] else 0.0,
+            }
+            for name, each in figures.items()
+        ],
+    }
+    (tree / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _cut(plan: ExtractPlan, tree: Path, ranks: dict[str, int]) -> None:
+    """Write the adapter file again with each module at the rank that its tolerance needs."""
+    assert plan.engine.side is not None
+    three = plan.options.to == "slora"
+    dtype = getattr(torch, plan.options.dtype)
+    with Checkpoint.open_file(tree / ADAPTER_WEIGHTS) as wide:
+        tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+        for shape in plan.modules.values():
+            cut = ModuleShape(shape.module, shape.out_features, shape.in_features, ranks[shape.module])
+            tensors += [
+                (tensor_name(cut.module, part), dtype, size) for part, size in cut.parts(three_matrix=three).items()
+            ]
+        for name in plan.replaced:
+            info = wide.tensors[f"base_model.model.{name}"]
+            tensors.append((info.name, FLOAT_DTYPES[info.dtype], info.shape))
+        layout = plan_file(ADAPTER_WEIGHTS, tensors, plan.engine.side.metadata)
+        narrow = tree / f"{ADAPTER_WEIGHTS}.tmp"
+        with open(narrow, "wb") as file:
+            file.write(layout.header)
+            for info in sorted(layout.tensors.values(), key=lambda info: info.start):
+                own = wide.tensor(info.name)
+                own = own[: info.shape[0], : info.shape[1]] if len(info.shape) == 2 else own
+                file.write(own.contiguous().view(torch.uint8).numpy().tobytes())
+    narrow.replace(tree / ADAPTER_WEIGHTS)
+
+
+def _config(
+    source: Checkpoint,
+    modules: dict[str, ModuleShape],
+    replaced: Sequence[str],
+    options: ExtractOptions,
+    base_name: str,
+    fingerprint: str,
+) -> AdapterConfig:
+    saved = sorted({name.rpartition(".")[0] for name in replaced})
+    paths = [shape.module for shape in modules.values()]
+    config = AdapterConfig(
+        peft_type=options.to.upper(),
+        r=options.rank,
+        lora_alpha=float(options.rank),
+        target_modules=target_modules_for(paths, source) if paths else [],
+        fan_in_fan_out=bool(paths) and all(is_conv1d(source, path) for path in paths),
+        base_model_name_or_path=base_name,
+        task_type=task_type_of(source.config),
+        base_fingerprint=fingerprint,
+        extra={"modules_to_save": saved} if saved else {},
+    )
+    return _ranked(config, {shape.module: shape.r for shape in modules.values()})
+
+
+def _ranked(config: AdapterConfig, ranks: dict[str, int]) -> AdapterConfig:
+    """The configuration with these ranks, and the scaling 1 for each."""
+    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    lower = {module: r for module, r in ranks.items() if r != config.r}
+    alphas = {module: float(r) for module, r in lower.items()}
+    return AdapterConfig(**{**values, "rank_pattern": lower, "alpha_pattern": alphas})
+
+
+def _generator(seed: int, module: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _module_bytes(shape: ModuleShape, options: ExtractOptions) -> int:
+    whole = 3 * 8 * shape.out_features * shape.in_features
+    return whole + (2 * whole if options.method == "svd" else 0)
