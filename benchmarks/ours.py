@@ -16,9 +16,10 @@ _IMPORTS = ("torch", "rich.progress", "nlora_surgery.surgery.prepare", "nlora_su
 
 def main() -> None:
     """Import, stamp, run the command line, stamp if it was done."""
+    command_line = importlib.import_module("nlora_surgery_cli")
+    command_line.quicken()
     for name in _IMPORTS:
         importlib.import_module(name)
-    command_line = importlib.import_module("nlora_surgery_cli")
     importlib.import_module("nlora_surgery_cli.init")
     stamp(IMPORTED)
     try:
@@ -26,8 +27,7 @@ def main() -> None:
     except SystemExit as end:
         if end.code in {None, 0}:
             stamp(DONE)
-        raise
-    stamp(DONE)
+        command_line.leave(end.code)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ __all__ = [
 
 FINGERPRINT_KEY = "base_fingerprint"
 
+# The parameters of fused experts, in the order in which the classes of transformers define them.
+_PARAMETER_ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
+
 _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
@@ -58,8 +61,9 @@ _TASKS = (
 
 def task_type_of(config: Mapping[str, Any]) -> str | None:
     """PEFT's `task_type` for a model's config.json, from the name of its class; None where that says nothing."""
-    architectures = config.get("architectures") or [""]
-    return next((task for suffix, task in _TASKS if str(architectures[0]).endswith(suffix)), None)
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return next((task for suffix, task in _TASKS if name.endswith(suffix)), None)
 
 
 def tensor_name(module: str, part: str) -> str:
@@ -397,11 +401,12 @@ class Adapter:
                 f"{len(missing)} of {len(self.parts) + len(self.replaced)} modules of {self.directory} match no tensor "
                 f"of {base.directory}: {', '.join(missing[:5])}{'…' if len(missing) > 5 else ''}{hint}"
             )
-        names: dict[str, str] = {}
+        # A tensor can be replaced and have a product added: PEFT saves an adapted embedding's own weight besides.
+        names: dict[tuple[str, bool], str] = {}
         for wanted, name in found.items():
-            if name in names and not (wanted in self.parts and names[name] in self.parts):
-                raise AdapterError(f"{self.directory}: {wanted} and {names[name]} both change {name} of the base")
-            names[name] = wanted
+            other = names.setdefault((name, wanted in self.parts), wanted)
+            if other != wanted:
+                raise AdapterError(f"{self.directory}: {wanted} and {other} both change {name} of the base")
         return found
 
     def _sides(self, module: str) -> tuple[str, str]:
@@ -491,20 +496,37 @@ def _sort_keys(
 def _parameter_path(key: AdapterKey, keys: Iterable[AdapterKey | None], config: AdapterConfig | None) -> str:
     """The module's path; of a parameter that PEFT adapts directly, the parameter's own.
 
-    PEFT nests one wrapper per parameter of a module, in the order of their sorted names, so the first lies
-    innermost. Which parameters they are stands in target_parameters.
+    PEFT nests one wrapper per parameter of a module, in the order in which the model's class defines them, so
+    the first lies innermost. Which parameters they are stands in target_parameters.
     """
-    targets = sorted(config.target_parameters) if config is not None else []
-    own = [
+    if config is None or not config.target_parameters or _is_target_module(key.module, config.target_modules):
+        return key.module
+    own = {
         target.rpartition(".")[2]
-        for target in targets
+        for target in config.target_parameters
         if f".{key.module}".endswith(f".{target.rpartition('.')[0]}") or "." not in target
-    ]
+    }
     if not own:
         return key.module
-    deepest = max(other.depth for other in keys if other is not None and other.module == key.module)
-    index = deepest - key.depth
-    return f"{key.module}.{own[index]}" if index < len(own) else key.module
+    depths = sorted({other.depth for other in keys if other is not None and other.module == key.module}, reverse=True)
+    if len(depths) != len(own):
+        raise AdapterError(
+            f"{key.module} has {len(depths)} pairs of factors for {len(own)} target_parameters ({', '.join(sorted(own))})"
+        )
+    if len(own) > 1 and not own <= set(_PARAMETER_ORDER):
+        raise AdapterError(
+            f"{key.module} has factors for {', '.join(sorted(own))}; which are whose depends on the order in which "
+            f"the model's class defines them, which is known only of {', '.join(_PARAMETER_ORDER)}"
+        )
+    ordered = sorted(own, key=_PARAMETER_ORDER.index) if len(own) > 1 else list(own)
+    return f"{key.module}.{ordered[depths.index(key.depth)]}"
+
+
+def _is_target_module(module: str, target_modules: Sequence[str] | str | None) -> bool:
+    """Whether PEFT adapts the module itself: it is an entry, or ends in `.entry`, or matches the one expression."""
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, module) is not None
+    return any(f".{module}".endswith(f".{entry}") for entry in target_modules or ())
 
 
 def _find_tensor(wanted: str, tensors: Mapping[str, None], flat: Mapping[str, str]) -> str | None:

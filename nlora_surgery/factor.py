@@ -124,10 +124,14 @@ def times(weight: Tensor, right: Tensor) -> Tensor:
 
 
 def delta_norm(left: Tensor, right: Tensor) -> float:
-    """Frobenius norm of `left (out, r) @ right (r, in)` from the two Gram matrices, in fp64."""
+    """Frobenius norm of `left (out, r) @ right (r, in)` from the two Gram matrices.
+
+    These are taken in the factors' dtype: a product much smaller than `sqrt(eps) * ‖left‖ * ‖right‖` is lost.
+    """
     left_gram = (left.T @ left).to("cpu", torch.float64)
     right_gram = (right @ right.T).to("cpu", torch.float64)
-    return math.sqrt(max(0.0, float((left_gram * right_gram).sum())))
+    square = float((left_gram * right_gram).sum())
+    return math.sqrt(square) if not square < 0 else 0.0  # below zero by rounding; NaN stays what it is
 
 
 # --- which rows and columns ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is not one of `init`.
     """
     path = directory / MANIFEST
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110  (Path.exists raises if the name is too long)
         raise CheckpointError(f"{directory} is not an output of init: it has no {MANIFEST}")
     manifest = read_json(path)
     try:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nlora_surgery.adapter import Adapter, check_base
+from nlora_surgery.adapter_keys import parse_key
 from nlora_surgery.checkpoint import INDEX_FILE, MANIFEST, Checkpoint, TensorInfo, read_json
 from nlora_surgery.errors import AdapterError, NonFiniteError, OptionError
 from nlora_surgery.factor import delta_norm, row_tiles
@@ -192,12 +193,25 @@ def _collect(
                 raise AdapterError(f"{adapter.directory} trains a bias of {module}, but the base has no {bias}")
             changes.setdefault(bias, _Change()).biases.append(share)
     for wanted, name in adapter.replaced.items():
+        if _is_own_copy(source, adapter, resolved[wanted], name):
+            continue
         change = changes.setdefault(resolved[wanted], _Change())
         if change.replacement is not None:
             raise AdapterError(f"two adapters replace {resolved[wanted]} (modules_to_save); merge one of them")
         if weight != 1:
             raise OptionError(f"--weight {weight:g} has no meaning for {wanted}, which {adapter.directory} replaces")
         change.replacement = (adapter, name)
+
+
+def _is_own_copy(source: Checkpoint, adapter: Adapter, tensor: str, name: str) -> bool:
+    """Whether a tensor is a copy of the base's own, which PEFT saves beside the factors of an embedding."""
+    key, info = parse_key(name), source.tensors.get(tensor)
+    if key is None or not key.depth or info is None:
+        return False
+    theirs = adapter.file.tensors[name]
+    if (theirs.dtype, theirs.shape) != (info.dtype, info.shape):
+        return False
+    return torch.equal(source.tensor(tensor), adapter.file.tensor(name))
 
 
 def _tied_embedding(source: Checkpoint) -> str | None:
@@ -225,7 +239,7 @@ def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bo
             if found in {shape[1:], shape[:0:-1]} and own.r % shape[0] == 0:
                 _experts_transposed(source, share, shape)
                 continue
-        elif is_conv1d(source, name.removesuffix(".weight")) and not adapter.is_embedding(module):
+        elif _is_transposed(source, name, share):
             found = found[::-1]
         if shape is not None and found != shape:
             raise AdapterError(
@@ -251,6 +265,11 @@ def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bo
                 f"{adapter.directory} replaces {name} by shape {list(theirs.shape)}, the base has {list(shape)}; a "
                 "resized vocabulary cannot be merged file by file: resize the base first"
             )
+
+
+def _is_transposed(source: Checkpoint, name: str, share: _Share) -> bool:
+    """Whether a matrix lies as (in, out) of the adapter's: in a Conv1D, unless its parameter is adapted as it lies."""
+    return is_conv1d(source, name.removesuffix(".weight")) and not share.module.endswith(".weight")
 
 
 def _experts_transposed(source: Checkpoint, share: _Share, shape: tuple[int, ...]) -> bool:
@@ -296,16 +315,14 @@ def _edit(source: Checkpoint, info: TensorInfo, stored: Tensor, change: _Change)
     if change.shares and stored.ndim == 3:
         steps.append(_adding_experts(source, stored, change.shares, dtype))
     elif change.shares:
-        left, right = _sides(change.shares, stored, dtype)
+        left, right = _sides(source, info.name, change.shares, stored, dtype)
         figures["delta_norm"] = delta_norm(left, right)
-        transposed = is_conv1d(source, info.name.removesuffix(".weight"))
-        if transposed:
-            left, right = right.T.contiguous(), left.T.contiguous()
         steps.append(_adding_product(left, right))
         share = change.shares[0]
         magnitude = share.adapter.parts[share.module].get("magnitude")
         if magnitude is not None:
             sizes = share.adapter.file.tensor(magnitude).to(stored.device, dtype).reshape(-1)
+            transposed = _is_transposed(source, info.name, share)
             steps.append(_rescaling(sizes, stored, left, right, transposed=transposed))
             figures.pop("delta_norm")
     if not steps:
@@ -318,16 +335,20 @@ def _edit(source: Checkpoint, info: TensorInfo, stored: Tensor, change: _Change)
     return Edit(apply, figures=figures)
 
 
-def _sides(shares: Sequence[_Share], stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The sum of the adapters' products as one product: their sides, side by side."""
+def _sides(
+    source: Checkpoint, name: str, shares: Sequence[_Share], stored: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sum of the adapters' products as one product, as the weight lies: their sides, side by side."""
     lefts, rights = [], []
     for share in shares:
         for matrix in share.adapter.factors(share.module).matrices():
             _finite(matrix, share.adapter, share.module)
         left, right = share.adapter.sides(share.module, dtype, share.weight)
+        if _is_transposed(source, name, share):
+            left, right = right.T, left.T
         lefts.append(left.to(stored.device))
         rights.append(right.to(stored.device))
-    return torch.cat(lefts, 1), torch.cat(rights)
+    return torch.cat(lefts, 1).contiguous(), torch.cat(rights).contiguous()
 
 
 def _finite(tensor: Tensor, adapter: Adapter, name: str) -> Tensor:

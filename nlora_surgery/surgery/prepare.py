@@ -30,7 +30,7 @@ from nlora_surgery.checkpoint import (
     TensorInfo,
     read_json,
 )
-from nlora_surgery.errors import NonFiniteError, OptionError, SurgeryError, UnsupportedCheckpointError
+from nlora_surgery.errors import NonFiniteError, OptionError, UnsupportedCheckpointError
 from nlora_surgery.factor import Factors, delta_norm, factorize, row_tiles
 from nlora_surgery.manifest import read_manifest
 from nlora_surgery.options import (
@@ -293,7 +293,8 @@ def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         if not _is_finite(stored):
             raise _not_finite(target) from error
-        raise SurgeryError(
+        raise NonFiniteError(
+            target.tensor,
             f"the decomposition of {target.tensor!r} did not converge; choose another method or --exclude the module "
             f"({error})"
         ) from error

@@ -179,7 +179,7 @@ def _check_checksums(prepared: Prepared, report: Verification) -> None:
             elif zlib.crc32(holder.raw(name)) != expected:
                 report.failures.append(f"{name} is not what init wrote: its checksum differs from the manifest's")
             count += 1
-    report.checked.append(f"{count} tensors have the checksums that init recorded")
+    report.checked.append(f"{count} tensors against the checksums that init recorded")
 
 
 def _check_untouched(prepared: Prepared, base: Checkpoint, original: Checkpoint, report: Verification) -> None:
@@ -202,7 +202,7 @@ def _check_untouched(prepared: Prepared, base: Checkpoint, original: Checkpoint,
             report.failures.append(f"{name} is not the original's")
     report.checked.append(
         f"headers of {len(original.files)} files, {len(untouched)} untouched tensors and {len(others)} other files "
-        "are the original's, byte for byte"
+        "against the original's, byte for byte"
     )
 
 
@@ -374,8 +374,9 @@ def verify_logits(directory: Path, against: Path, prompts: Sequence[str] = PROMP
 def _load(directory: Path) -> Any:
     import transformers
 
-    architectures = (read_json(directory / "config.json").get("architectures") or [""])[0]
-    auto = getattr(transformers, str(architectures), None) or transformers.AutoModelForCausalLM
+    architectures = read_json(directory / "config.json").get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    auto = getattr(transformers, name, None) or transformers.AutoModelForCausalLM
     try:
         return auto.from_pretrained(str(directory), dtype=torch.float32).eval()
     except Exception as error:  # whatever transformers raises, the finding is the same: it does not load
