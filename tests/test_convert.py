@@ -195,9 +195,9 @@ def test_a_residual_adapter_becomes_lora_of_the_original(
             truth.get_submodule(module).weight += change.float()
     expected = logits(truth)
     moved_by = (expected - logits(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))).abs().max()
-    assert moved_by > 0.05, "training changed nothing that could be got wrong"
+    assert moved_by > 0.01, "training changed nothing that could be got wrong"
     # fp32 logits of size ~10 through four layers of sums over up to 352 terms: some 1e-5 each way.
-    assert (ours - expected).abs().max() < 2e-3 * max(1.0, float(moved_by))
+    assert (ours - expected).abs().max() < min(2e-3, 0.1 * float(moved_by)) * max(1.0, float(moved_by))
 
 
 def test_recompression_reports_its_error(tiny_llama: Path, tmp_path: Path) -> None:

@@ -332,7 +332,8 @@ def _plan_module(
         r = shape.r if options.rank is None else min(options.rank, shape.r, most)
         if r < shape.r or options.scale_split != "keep":
             return _Module(module, target, min(r, most), "svd")
-        same = options.to == "slora" or "lora_N" not in source.parts[module]
+        # With a rank asked for, or vLLM, the scaling becomes 1 and has to go into a factor.
+        same = (options.to == "slora" or "lora_N" not in source.parts[module]) and options.rank is None
         return _Module(module, target, r, "same" if same and not options.vllm else "fold")
     before = _start(source, start, module)
     now = source.factors(module)
@@ -371,9 +372,8 @@ def _edit(plan: ConvertPlan, each: _Module) -> Edit:
     if each.way == "same":
         made = _with_core(now, options)
     elif each.way in {"fold", "difference"}:
-        if plan.config.scaling(each.module, each.r) == scaling and each.way == "fold":
-            left = left / scaling
-        made = _with_core(Factors(right, left), options)
+        # Where the result keeps the adapter's scaling, it must not be in a factor too.
+        made = _with_core(Factors(right, left / plan.config.scaling(each.module, each.r)), options)
     else:
         U, S, Vh = product_svd(left, None, right)
         share = plan.config.scaling(each.module, each.r)
