@@ -46,6 +46,9 @@ __all__ = [
 
 FINGERPRINT_KEY = "base_fingerprint"
 
+# Values of init_lora_weights for which PEFT changes the base's weights, each time that it loads the adapter.
+_RESIDUALIZING = r"(pissa(_niter_\d+)?|olora|corda|lora_ga|loftq)$"
+
 # The parameters of fused experts, in the order in which the classes of transformers define them.
 _PARAMETER_ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 
@@ -193,7 +196,9 @@ class AdapterConfig:
             fields["target_parameters"] = list(self.target_parameters)
         if self.peft_type == "SLORA":
             fields |= {"residual": self.residual, FINGERPRINT_KEY: self.base_fingerprint}
-        return json.dumps({**fields, **self.extra}, indent=2, sort_keys=True) + "\n"
+        fields |= self.extra
+        # By name as PEFT does, but only so deep: of the patterns the first that matches counts.
+        return json.dumps({name: fields[name] for name in sorted(fields)}, indent=2) + "\n"
 
     @classmethod
     def read(cls, directory: Path) -> AdapterConfig:
@@ -207,23 +212,38 @@ class AdapterConfig:
             raise AdapterError(f"no adapter at {directory}: it has no {ADAPTER_CONFIG}")
         values = read_json(path, AdapterError)
         kind = values.get("peft_type")
-        if kind not in {"LORA", "SLORA"}:
+        if kind not in ("LORA", "SLORA"):
             raise AdapterError(f"{path} has peft_type {kind!r}; known are LORA and SLORA")
         r, alpha = values.get("r"), values.get("lora_alpha")
-        if not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1:
+        if type(r) is not int or r < 1 or not _is_number(alpha):
             raise AdapterError(
                 f"{path} has r = {r!r} and lora_alpha = {alpha!r}; expected a positive integer and a number"
             )
         known = {name for name in cls.__dataclass_fields__ if name != "extra"}
         for pattern in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(values.get(pattern) or {}, dict):
-                raise AdapterError(f"{path} has a {pattern} that is no map")
-            values[pattern] = values.get(pattern) or {}
+            values[pattern] = _checked_pattern(path, pattern, values.get(pattern) or {})
         values["target_parameters"] = list(values.get("target_parameters") or ())
         values["use_rslora"] = bool(values.get("use_rslora"))
         values["fan_in_fan_out"] = bool(values.get("fan_in_fan_out"))
         fields = {name: value for name, value in values.items() if name in known}
         return cls(**fields, extra={name: value for name, value in values.items() if name not in known})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _checked_pattern(path: Path, name: str, pattern: Any) -> dict[str, Any]:
+    if not isinstance(pattern, dict):
+        raise AdapterError(f"{path} has a {name} that is no map")
+    for key, value in pattern.items():
+        try:
+            re.compile(key)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise AdapterError(f"{path} has {key!r} in its {name}, which is no regular expression: {error}") from error
+        if not _is_number(value):
+            raise AdapterError(f"{path} has {value!r} for {key!r} in its {name}; expected a number")
+    return pattern
 
 
 def pattern_for(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -285,7 +305,8 @@ class Adapter:
             raise AdapterError(str(error)) from error
         parts, replaced = _sort_keys(file, weights, config)
         if config is None:  # Kohya: ranks are those of the tensors, and alpha is r where there is none
-            ranks = {re.escape(m): file.tensors[p["lora_A"]].shape[0] for m, p in parts.items() if "lora_A" in p}
+            shapes = {module: file.tensors[of["lora_A"]].shape for module, of in parts.items() if "lora_A" in of}
+            ranks = {re.escape(module): shape[0] for module, shape in shapes.items() if shape}
             r = max(ranks.values(), default=1)
             config = AdapterConfig("LORA", r, float(r), rank_pattern=ranks, alpha_pattern=ranks)
         adapter = cls(path, config, file, parts, replaced)
@@ -310,6 +331,23 @@ class Adapter:
         if self.is_embedding(module):
             return ModuleShape(module, a[1], b[0], a[0])
         return ModuleShape(module, b[0], a[1], a[0])
+
+    def check_rank(self, module: str, experts: int = 1) -> None:
+        """Refuse a module whose rank is another in its tensors than in the configuration.
+
+        Args:
+            module: its path.
+            experts: how many share its tensors.
+
+        Raises:
+            AdapterError: it is.
+        """
+        r, wanted = self.shape(module).r, pattern_for(self.config.rank_pattern, module, self.config.r)
+        if wanted * experts != r:
+            times = f" times {experts} experts" if experts > 1 else ""
+            raise AdapterError(
+                f"{self.directory}: module {module} has rank {r} in its tensors, {wanted}{times} in {ADAPTER_CONFIG}"
+            )
 
     def is_embedding(self, module: str) -> bool:
         """Whether a module is adapted by PEFT's `lora_embedding_A` and `lora_embedding_B`."""
@@ -422,31 +460,37 @@ class Adapter:
                 raise AdapterError(
                     f"{self.directory}: {name} has dtype {self.file.tensors[name].dtype}, no float ({part})"
                 )
-        sets = [self._sides(module)]
+        a, b = self._sides(module)
+        needed = [a, b]
         if any(part.endswith("_initial") for part in parts):
-            sets.append(("lora_A_initial", "lora_B_initial"))
-        for a, b in sets:
-            for needed in (a, b):
-                if needed not in shapes:
-                    raise AdapterError(
-                        f"{self.directory}: module {module} lacks its {needed}; the adapter is not whole"
-                    )
-            if len(shapes[a]) != 2 or len(shapes[b]) != 2 or shapes[a][0] != shapes[b][1]:
-                raise AdapterError(
-                    f"{self.directory}: module {module} has {a} {list(shapes[a])} and {b} {list(shapes[b])}; expected "
-                    "(r, in) and (out, r)"
-                )
-        r = self.shape(module).r
-        for core in ("lora_N", "lora_N_initial"):
-            if shapes.get(core, (r, r)) != (r, r):
-                raise AdapterError(f"{self.directory}: module {module} has {core} {list(shapes[core])} at rank {r}")
-        if self.config.target_parameters:
-            return  # the rank of fused experts is r times their number
-        wanted = pattern_for(self.config.rank_pattern, module, self.config.r)
-        if wanted != r:
+            needed += [f"{part}_initial" for part in ("lora_A", "lora_N", "lora_B") if part in (a, b) or part in parts]
+        if self.config.extra.get("use_dora"):
+            needed.append("magnitude")
+        for part in needed:
+            if part not in shapes:
+                why = " (use_dora)" if part == "magnitude" else ""
+                raise AdapterError(f"{self.directory}: module {module} lacks its {part}{why}; the adapter is not whole")
+        if len(shapes[a]) != 2 or len(shapes[b]) != 2 or shapes[a][0] != shapes[b][1] or not shapes[a][0]:
             raise AdapterError(
-                f"{self.directory}: module {module} has rank {r} in its tensors, {wanted} in {ADAPTER_CONFIG}"
+                f"{self.directory}: module {module} has {a} {list(shapes[a])} and {b} {list(shapes[b])}; expected "
+                "(r, in) and (out, r)"
             )
+        r = self.shape(module).r
+        if shapes.get("lora_N", (r, r)) != (r, r):
+            raise AdapterError(f"{self.directory}: module {module} has lora_N {list(shapes['lora_N'])} at rank {r}")
+        for part, shape in shapes.items():
+            current = shapes.get(part.removesuffix("_initial"))
+            if shape != current:
+                raise AdapterError(
+                    f"{self.directory}: module {module} has {part} {list(shape)}, and "
+                    f"{part.removesuffix('_initial')} {list(current or ())}"
+                )
+        if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
+            raise AdapterError(
+                f"{self.directory}: module {module} has alpha {list(shapes['alpha'])}; expected a number"
+            )
+        if not any(f".{module}".endswith(f".{target}") for target in self.config.target_parameters):
+            self.check_rank(module)  # that of fused experts is r times their number, which only the base tells
 
 
 def _kohya_file(path: Path) -> Path | None:
@@ -483,7 +527,12 @@ def _sort_keys(
     for name, key in keys.items():
         assert key is not None
         if key.replaces:
-            replaced[f"{key.module}.{key.part}"] = name
+            if file.tensors[name].dtype not in FLOAT_DTYPES:
+                raise AdapterError(f"{weights}: {name} has dtype {file.tensors[name].dtype}, no float")
+            if replaced.setdefault(f"{key.module}.{key.part}", name) != name:
+                raise AdapterError(
+                    f"{weights} holds {key.module}.{key.part} twice; it may mix two adapters: save one alone"
+                )
             continue
         module = _parameter_path(key, keys.values(), config)
         if parts.setdefault(module, {}).setdefault(key.part, name) != name:
@@ -511,7 +560,8 @@ def _parameter_path(key: AdapterKey, keys: Iterable[AdapterKey | None], config: 
     depths = sorted({other.depth for other in keys if other is not None and other.module == key.module}, reverse=True)
     if len(depths) != len(own):
         raise AdapterError(
-            f"{key.module} has {len(depths)} pairs of factors for {len(own)} target_parameters ({', '.join(sorted(own))})"
+            f"{key.module} has {len(depths)} pairs of factors for {len(own)} target_parameters, "
+            f"{', '.join(sorted(own))}"
         )
     if len(own) > 1 and not own <= set(_PARAMETER_ORDER):
         raise AdapterError(
@@ -539,8 +589,7 @@ def _find_tensor(wanted: str, tensors: Mapping[str, None], flat: Mapping[str, st
     alike = [
         name
         for name in tensors
-        for own in (name.removesuffix(".weight"), name)
-        if own.endswith(f".{wanted}") or wanted.endswith(f".{own}")
+        if any(own.endswith(f".{wanted}") or wanted.endswith(f".{own}") for own in (name.removesuffix(".weight"), name))
     ]
     return alike[0] if len(alike) == 1 else None
 
@@ -548,12 +597,20 @@ def _find_tensor(wanted: str, tensors: Mapping[str, None], flat: Mapping[str, st
 def check_base(adapter: Adapter, base: Checkpoint) -> None:
     """Refuse an adapter on a base that it was not made for.
 
-    Adapters that record no fingerprint pass.
+    Adapters that record no fingerprint pass, unless their configuration says that PEFT changes the base as it
+    loads them.
 
     Raises:
-        BaseMismatchError: the fingerprints differ.
+        BaseMismatchError: the fingerprints differ, or the factors belong to a base that PEFT would make.
     """
     recorded = adapter.base_fingerprint
+    start = adapter.config.extra.get("init_lora_weights")
+    if not recorded and isinstance(start, str) and re.match(_RESIDUALIZING, start):
+        raise BaseMismatchError(
+            f"{adapter.directory} has init_lora_weights {start!r}: PEFT takes the residual of the base when it loads "
+            "this adapter, whose factors belong to that; save it from PEFT with "
+            "path_initial_model_for_weight_conversion, or set init_lora_weights to true if the base is the residual"
+        )
     if recorded and recorded != (found := base.fingerprint()):
         raise BaseMismatchError(
             f"the adapter {adapter.directory} belongs to another base than {base.directory}: it records "

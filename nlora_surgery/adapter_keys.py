@@ -65,11 +65,11 @@ def parse_key(name: str) -> AdapterKey | None:
         What it is; None if the name is of no known form.
     """
     for ending, fixed in _ENDINGS:
-        match = re.search(rf"{ending.pattern}$", name)
+        match = re.search(rf"{ending.pattern}\Z", name)
         if match:
             module, depth = _strip(name[: match.start()])
             return AdapterKey(module, fixed or match[1], depth) if module else None
-    match = re.search(rf"{_REPLACED.pattern}$", name)
+    match = re.search(rf"{_REPLACED.pattern}\Z", name)
     if match:
         module, depth = _strip(name[: match.start()])
         return AdapterKey(module, match[1], depth) if module else None

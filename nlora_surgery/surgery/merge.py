@@ -236,7 +236,8 @@ def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bo
         own = adapter.shape(module)
         found: tuple[int, ...] = (own.out_features, own.in_features)
         if shape is not None and len(shape) == 3:
-            if found in {shape[1:], shape[:0:-1]} and own.r % shape[0] == 0:
+            if found in {shape[1:], shape[:0:-1]}:
+                adapter.check_rank(module, shape[0])
                 _experts_transposed(source, share, shape)
                 continue
         elif _is_transposed(source, name, share):
@@ -246,6 +247,7 @@ def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bo
                 f"{adapter.directory}: {module} changes a weight of shape {list(found)}, but {name} of the base has "
                 f"{list(shape)}"
             )
+        adapter.check_rank(module)
         if "magnitude" in adapter.parts[module]:
             if several or adapter.is_embedding(module) or (shape is not None and len(shape) == 3):
                 raise AdapterError(
@@ -257,6 +259,13 @@ def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bo
                 raise AdapterError(
                     f"{adapter.directory}: the magnitude of {module} has {size} values, expected {own.out_features}"
                 )
+    for share in change.biases:
+        theirs = share.adapter.file.tensors[share.adapter.parts[share.module]["lora_bias"]]
+        if theirs.shape != shape:
+            raise AdapterError(
+                f"{share.adapter.directory}: {theirs.name} has shape {list(theirs.shape)}, but {name} of the base has "
+                f"{list(shape or ())}"
+            )
     if change.replacement is not None:
         adapter, key = change.replacement
         theirs = adapter.file.tensors[key]
@@ -309,7 +318,8 @@ def _edit(source: Checkpoint, info: TensorInfo, stored: Tensor, change: _Change)
         matrix = own.reshape(-1, own.shape[-1])
         steps.append(lambda rows, tile: _put(tile, matrix[rows]))
     for share in change.biases:
-        bias = share.adapter.file.tensor(share.adapter.parts[share.module]["lora_bias"]).to(stored.device, dtype)
+        key = share.adapter.parts[share.module]["lora_bias"]
+        bias = _finite(share.adapter.file.tensor(key), share.adapter, key).to(stored.device, dtype)
         bias = bias * (share.weight * share.adapter.scaling(share.module))
         steps.append(_adding(bias[None]))
     if change.shares and stored.ndim == 3:
@@ -321,7 +331,8 @@ def _edit(source: Checkpoint, info: TensorInfo, stored: Tensor, change: _Change)
         share = change.shares[0]
         magnitude = share.adapter.parts[share.module].get("magnitude")
         if magnitude is not None:
-            sizes = share.adapter.file.tensor(magnitude).to(stored.device, dtype).reshape(-1)
+            sizes = _finite(share.adapter.file.tensor(magnitude), share.adapter, magnitude).reshape(-1)
+            sizes = sizes.to(stored.device, dtype)
             transposed = _is_transposed(source, info.name, share)
             steps.append(_rescaling(sizes, stored, left, right, transposed=transposed))
             figures.pop("delta_norm")
@@ -341,7 +352,8 @@ def _sides(
     """The sum of the adapters' products as one product, as the weight lies: their sides, side by side."""
     lefts, rights = [], []
     for share in shares:
-        for matrix in share.adapter.factors(share.module).matrices():
+        initial = share.adapter.initial(share.module)
+        for matrix in [*share.adapter.factors(share.module).matrices(), *(initial.matrices() if initial else ())]:
             _finite(matrix, share.adapter, share.module)
         left, right = share.adapter.sides(share.module, dtype, share.weight)
         if _is_transposed(source, name, share):
