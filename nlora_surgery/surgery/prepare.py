@@ -296,7 +296,7 @@ def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
         raise NonFiniteError(
             target.tensor,
             f"the decomposition of {target.tensor!r} did not converge; choose another method or --exclude the module "
-            f"({error})"
+            f"({error})",
         ) from error
 
     # The residual is taken from the factors as they are stored, so that rounding them costs nothing.
