@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from nlora_surgery_cli.options import byte_count
+from nlora_surgery_cli.options import byte_count, locate_adapter
 from nlora_surgery_cli.render import ProgressBar, bytes_text, echo_json, first_rank, warn
 
 from nlora_surgery.options import ADAPTER_DTYPES, SCALE_SPLITS
@@ -51,14 +51,13 @@ def command(
 
     convert_options = ConvertOptions(vllm=target == "vllm", **options)
     convert_options.check()
-    path = Path(adapter) if Path(adapter).is_file() else fetch(adapter)
     plan = plan_convert(
-        path,
+        locate_adapter(adapter),
         out,
         convert_options,
         base=fetch(base) if base is not None else None,
         base_name=base,
-        initial=fetch(initial) if initial is not None else None,
+        initial=locate_adapter(initial) if initial is not None else None,
     )
     if dry_run:
         ways = sorted({each.way for each in plan.modules})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from nlora_surgery_cli.options import byte_count
+from nlora_surgery_cli.options import byte_count, locate_adapter
 from nlora_surgery_cli.render import ProgressBar, bytes_text, echo_json, figure, first_rank
 
 from nlora_surgery.errors import OptionError
@@ -38,15 +38,16 @@ def command(
 ) -> None:
     """Merge ADAPTERs into BASE, the model that they belong to.
 
-    Streams the shards; one sum in fp32, one rounding. Each is a directory, or a Hub id. Every key of every
-    adapter must match a tensor of the base.
+    Streams the shards; one sum in fp32, one rounding. Each is a directory, a Hub id, or a Kohya file. Every
+    key of every adapter must match a tensor of the base.
     """
     if weights and len(weights) != len(adapters):
         raise OptionError(f"--weight is given {len(weights)} times for {len(adapters)} adapters; give one for each")
     from nlora_surgery.hub import fetch
     from nlora_surgery.surgery.merge import merge, plan_merge
 
-    pairs = [(fetch(name), weight) for name, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True)]
+    factors = weights or [1.0] * len(adapters)
+    pairs = [(locate_adapter(name), factor) for name, factor in zip(adapters, factors, strict=True)]
     plan = plan_merge(fetch(base), pairs, out, untie=untie, base_name=base, device=device)
     total = len(plan.base.tensors) + len(plan.engine.appended)
     if dry_run:

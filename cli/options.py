@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-__all__ = ["byte_count", "split_names"]
+__all__ = ["byte_count", "locate_adapter", "split_names"]
+
+
+def locate_adapter(name: str) -> Path:
+    """The directory of an adapter, fetched if it is on the Hub; or a Kohya file."""
+    from nlora_surgery.hub import fetch
+
+    return Path(name) if name.endswith(".safetensors") and Path(name).is_file() else fetch(name)
 
 
 def split_names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:

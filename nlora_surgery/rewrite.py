@@ -264,8 +264,8 @@ def rewrite(
 
 def _open_stage(plan: Plan, stage: Stage, overwrite: bool) -> None:
     exists = os.path.lexists(plan.out)
+    inputs = [plan.source.directory] if plan.inputs is None else plan.inputs
     try:
-        inputs = [plan.source.directory] if plan.inputs is None else plan.inputs
         check_output(plan.out, inputs, overwrite=overwrite)
     except OutputError:
         # Killed between the commit and the tidying up: the output is there, and so is what is left of the stage.
@@ -279,6 +279,9 @@ def _open_stage(plan: Plan, stage: Stage, overwrite: bool) -> None:
     stage.acquire(plan.identity, overwrite=overwrite)
     if stage.complete:
         return
+    if not exists and os.path.lexists(plan.out) and not overwrite:  # what a killed run had put aside is back
+        stage.release()
+        check_output(plan.out, inputs, overwrite=False)
     with disk_errors(plan.out):
         staged = sum(path.stat().st_blocks * 512 for path in stage.tree.rglob("*") if path.is_file())
         free = shutil.disk_usage(stage.directory).free

@@ -136,6 +136,9 @@ class Stage:
         with disk_errors(self.out):
             self._make_directory()
             self._take_lock()
+            replaced = self.directory / "replaced"
+            if replaced.exists() and not os.path.lexists(self.out):
+                replaced.rename(self.out)  # killed between the two renames of an --overwrite: undo the first
             if not overwrite and self._committed(identity) and not self.tree.exists():
                 self.complete = True
                 return

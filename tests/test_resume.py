@@ -219,12 +219,31 @@ def test_killed_while_replacing_leaves_the_old_or_the_new(
         process.join()
         if (tmp_path / "out").exists():
             same_files(whole, tmp_path / "out")
-        else:
+        else:  # between the two renames: both are still there
             assert (tmp_path / ".out.nlora-stage" / "tree").exists()
+            same_files(whole, tmp_path / ".out.nlora-stage" / "replaced")
     last = start(model, tmp_path, overwrite=True)
     last.join()
     assert last.exitcode == 0
     same_files(whole, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_was_put_aside_comes_back(
+    model: Path, reference: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames of an --overwrite, then a command that is refused: the old output is there."""
+    monkeypatch.chdir(tmp_path)
+    prepare(plan_init(model, Path("out"), OPTIONS))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(plan_init(model, Path("out"), OPTIONS), overwrite=True, progress=_Stop(9, KeyboardInterrupt))
+    stage = tmp_path / ".out.nlora-stage"
+    (tmp_path / "out").rename(stage / "replaced")  # what commit does first
+    with pytest.raises(OutputError, match="out exists"):
+        prepare(plan_init(model, Path("out"), OPTIONS))
+    same_files(reference[0], tmp_path / "out")
+    prepare(plan_init(model, Path("out"), OPTIONS), overwrite=True)
+    same_files(reference[0], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -254,6 +254,10 @@ def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bo
                     f"{adapter.directory}: {module} has a DoRA magnitude, which can be merged alone, into a linear "
                     "weight; merge this adapter first, by itself"
                 )
+            if share.weight != 1:
+                raise OptionError(
+                    f"--weight {share.weight:g} has no meaning for {module}: DoRA sets a length, it adds none"
+                )
             size = math.prod(adapter.file.tensors[adapter.parts[module]["magnitude"]].shape)
             if size != own.out_features:
                 raise AdapterError(
