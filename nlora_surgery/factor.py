@@ -14,6 +14,7 @@ over row tiles that stay in the processor's cache, so a bfloat16 view of a mappe
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ __all__ = [
     "delta_norm",
     "factorize",
     "initial_zero",
+    "is_finite",
     "low_rank_svd",
+    "module_generator",
     "nystrom",
     "nystrom_optimal",
     "nystrom_pinv",
@@ -84,6 +87,18 @@ class Factors:
         if self.lora_N is not None:
             left = left @ self.lora_N.to(dtype)
         return left * scaling, self.lora_A.to(dtype)
+
+
+def module_generator(seed: int, module: str) -> torch.Generator:
+    """One stream of random numbers per module, so that neither order nor threads change what it draws."""
+    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    # aminmax passes NaN on, makes no temporary, and is many times faster than isfinite().all().
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def row_tiles(shape: tuple[int, ...] | torch.Size, itemsize: int, tile_bytes: int = TILE_BYTES) -> Iterator[slice]:

@@ -36,14 +36,21 @@ import torch
 from torch import Tensor
 
 from nlora_surgery.checkpoint import Checkpoint, FileLayout, TensorInfo, append_tensor
+from nlora_surgery.devices import (
+    MemoryGrowth,
+    Workspace,
+    compute_dtype,
+    resolve_devices,
+    single_threaded_torch,
+    tile_bytes,
+)
 from nlora_surgery.errors import NonFiniteError, OptionError, OutputError, SurgeryError
 from nlora_surgery.factor import TILE_BYTES, row_tiles
 from nlora_surgery.ranks import Ranks
 from nlora_surgery.staging import Stage, check_output, disk_errors
 
-__all__ = ["Edit", "Plan", "Progress", "compute_dtype", "resolve_devices", "rewrite", "single_threaded_torch"]
+__all__ = ["Edit", "Plan", "Progress", "rewrite"]
 
-_GPU_TILE_BYTES = 64 << 20
 _WORKERS_PER_GPU = 3  # one reads and uploads while one computes and one downloads and writes
 
 
@@ -143,45 +150,6 @@ class _Unit:
     @property
     def size_bytes(self) -> int:
         return sum(info.size_bytes for info in self.edits) + sum(end - start for start, end in self.copies)
-
-
-def compute_dtype(stored: torch.dtype) -> torch.dtype:
-    """What arithmetic on a weight is done in: fp32, and fp64 where the weight itself is fp32 or fp64."""
-    return torch.float64 if stored in {torch.float32, torch.float64} else torch.float32
-
-
-def resolve_devices(name: str) -> list[torch.device]:
-    """The devices that `--device NAME` means.
-
-    Args:
-        name: `auto` (GPUs if there are any), `cpu`, `mps`, `cuda` (all that are visible; under torchrun this
-            rank's own), or `cuda:N`.
-
-    Raises:
-        OptionError: there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f"--device {name} is not a device; give auto, cpu, cuda, cuda:N or mps") from None
-    if device.type == "cpu":
-        return [device]
-    if device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise OptionError("--device mps, but torch finds no Metal device here; use --device cpu")
-        return [device]
-    if device.type != "cuda":
-        raise OptionError(f"--device {name} is not supported; give auto, cpu, cuda, cuda:N or mps")
-    count = torch.cuda.device_count()
-    if count == 0 or (device.index is not None and device.index >= count):
-        raise OptionError(f"--device {name}, but torch sees {count} CUDA devices here; use --device cpu")
-    if device.index is not None:
-        return [device]
-    if "LOCAL_RANK" in os.environ:
-        return [torch.device("cuda", int(os.environ["LOCAL_RANK"]) % count)]
-    return [torch.device("cuda", index) for index in range(count)]
 
 
 def rewrite(
@@ -350,78 +318,9 @@ class _Workers:
     @staticmethod
     def bytes_each(device: torch.device, plan: Plan) -> int:
         """Bytes of buffers per thread: three tiles, and what the edit allocates."""
-        tile = TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
+        tile = tile_bytes(device)
         longest = max((plan.origin(name).shape[-1] for name in plan.edits), default=0)
         return 3 * max(tile, 8 * longest) + plan.worker_bytes
-
-
-class _Workspace:
-    """The buffers of one thread, and the stream that it computes on."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.tile_bytes = TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def buffer(self, use: str, dtype: torch.dtype, shape: tuple[int, ...], *, on_host: bool = False) -> Tensor:
-        """Uninitialized memory of that shape, the same one at each call with the same `use`."""
-        count = math.prod(shape)
-        flat = self._buffers.get((use, dtype))
-        if flat is None or flat.numel() < count:
-            if on_host:
-                flat = torch.empty(count, dtype=dtype, pin_memory=self.stream is not None)
-            else:
-                flat = torch.empty(count, dtype=dtype, device=self.device)
-            self._buffers[use, dtype] = flat
-        return flat[:count].view(shape)
-
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """Run what is inside on this thread's own stream."""
-        if self.stream is None:
-            yield
-        else:
-            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-                yield
-
-    def upload(self, view: Tensor) -> Tensor:
-        """The tensor on this thread's device; on the CPU, the view of the mapped file itself."""
-        if self.stream is None:
-            return view if self.device.type == "cpu" else view.to(self.device)
-        resident = torch.empty(view.shape, dtype=view.dtype, device=self.device)
-        arrived = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
-        for index, rows in enumerate(row_tiles(view.shape, view.dtype.itemsize, self.tile_bytes)):
-            half = index % 2
-            arrived[half].synchronize()  # until its last upload is done, this half is not to be filled anew
-            pinned = self.buffer(f"upload {half}", view.dtype, tuple(view[rows].shape), on_host=True)
-            pinned.copy_(view[rows])
-            resident[rows].copy_(pinned, non_blocking=True)
-            arrived[half].record()
-        return resident
-
-    def download(self, tensor: Tensor) -> Tensor:
-        """The tensor in host memory, complete."""
-        if self.device.type == "cpu":
-            return tensor
-        host = self.buffer("download", tensor.dtype, tuple(tensor.shape), on_host=True)
-        host.copy_(tensor, non_blocking=self.stream is not None)
-        if self.stream is not None:
-            self.stream.synchronize()
-        return host
-
-
-@contextlib.contextmanager
-def single_threaded_torch() -> Iterator[None]:
-    """Sums in the order of one thread and in full precision, whatever the machine; for threads of our own."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")  # no TF32: it has fewer bits than the factors
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
 
 
 class _Canceled(Exception):  # noqa: N818  (no error: another thread's is the one to report)
@@ -441,7 +340,7 @@ def _run_units(
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Do these units, or find them done; return their records."""
-    memory = _MemoryGrowth()
+    memory = MemoryGrowth()
     each = workers.bytes_each(workers.devices[0], plan)
     progress.notice(f"buffers of {workers.count} threads: {workers.count * each / 1e6:.0f} MB at most")
     progress.start(sum(unit.size_bytes for unit in units))
@@ -455,7 +354,7 @@ def _run_units(
 
     def start_thread() -> None:
         torch.set_num_threads(1)
-        thread.workspace = _Workspace(free_devices.get())
+        thread.workspace = Workspace(free_devices.get())
 
     def edit_one(info: TensorInfo) -> dict[str, Any]:
         writer = _TensorWriter(plan, stage, thread.workspace, canceled)
@@ -525,38 +424,10 @@ def _run_units(
     return records
 
 
-class _MemoryGrowth:
-    """How much anonymous memory this process has taken since it began to look.
-
-    Mapped files do not count: the kernel takes their pages back whenever it needs them.
-
-    Attributes:
-        peak_bytes: the most that any look saw; None where the system does not tell.
-    """
-
-    def __init__(self) -> None:
-        self._start = self._anonymous()
-        self.peak_bytes: int | None = None
-
-    def look(self) -> None:
-        now = self._anonymous()
-        if now is not None and self._start is not None:
-            self.peak_bytes = max(self.peak_bytes or 0, now - self._start)
-
-    @staticmethod
-    def _anonymous() -> int | None:
-        try:
-            with open("/proc/self/status", encoding="ascii") as status:
-                line = next((line for line in status if line.startswith("RssAnon:")), None)
-        except OSError:
-            return None
-        return None if line is None else int(line.split()[1]) * 1024
-
-
 class _TensorWriter:
     """Takes one tensor through its edit and into the output."""
 
-    def __init__(self, plan: Plan, stage: Stage, workspace: _Workspace, canceled: threading.Event) -> None:
+    def __init__(self, plan: Plan, stage: Stage, workspace: Workspace, canceled: threading.Event) -> None:
         self.plan = plan
         self.stage = stage
         self.workspace = workspace

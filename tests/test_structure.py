@@ -17,7 +17,7 @@ LIBRARY = ROOT / "nlora_surgery"
 FLOORS = [
     {"errors", "options", "version"},
     {"factor", "checkpoint", "adapter_keys"},
-    {"ranks", "staging"},
+    {"devices", "ranks", "staging"},
     {"rewrite", "targets", "adapter"},
     {"manifest"},
     {

@@ -24,7 +24,7 @@ from nlora_surgery.checkpoint import (
     read_json,
 )
 from nlora_surgery.errors import AdapterError, BaseMismatchError, NonFiniteError, OptionError
-from nlora_surgery.factor import SVD, Factors, delta_norm, product_svd, split_scale
+from nlora_surgery.factor import SVD, Factors, delta_norm, is_finite, product_svd, split_scale
 from nlora_surgery.options import SCALE_SPLITS, ScaleSplit
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
 from nlora_surgery.staging import run_id
@@ -364,7 +364,7 @@ def _edit(plan: ConvertPlan, each: _Module) -> Edit:
     adapter, options = plan.adapter, plan.options
     now = adapter.factors(each.source)
     for part, matrix in zip(("lora_A", "lora_B"), (now.lora_A, now.lora_B), strict=True):
-        if not bool(matrix.isfinite().all()):
+        if not is_finite(matrix):
             raise NonFiniteError(each.source, f"{adapter.directory}: {part} of {each.source} holds NaN or infinity")
     dtype = _stored_dtype(adapter, each.source, options)
     scaling = adapter.scaling(each.source)
@@ -381,7 +381,7 @@ def _edit(plan: ConvertPlan, each: _Module) -> Edit:
         made = split_scale(cut, "balanced" if options.scale_split == "keep" else options.scale_split)
         made = made if options.to == "slora" else Factors(made.lora_A, made.lora_B)
     made = _padded(made.to(dtype), each.r)
-    if not all(bool(matrix.isfinite().all()) for matrix in made.matrices()):
+    if not all(map(is_finite, made.matrices())):
         raise NonFiniteError(each.module, f"a factor of {each.module} overflows {dtype}; use --dtype float32")
 
     kept = each.way == "same" and made.lora_A.dtype == now.lora_A.dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -25,10 +24,11 @@ from nlora_surgery.checkpoint import (
     plan_file,
     read_json,
 )
+from nlora_surgery.devices import compute_dtype, resolve_devices
 from nlora_surgery.errors import CheckpointError, NonFiniteError, OptionError, TargetError
-from nlora_surgery.factor import SVD, Factors, delta_norm, randomized_svd, split_scale, truncated_svd
+from nlora_surgery.factor import SVD, Factors, delta_norm, module_generator, randomized_svd, split_scale, truncated_svd
 from nlora_surgery.options import ADAPTER_DTYPES
-from nlora_surgery.rewrite import Edit, Plan, Progress, compute_dtype, resolve_devices, rewrite
+from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
 from nlora_surgery.staging import run_id
 from nlora_surgery.targets import is_conv1d, refuse_quantized, target_modules_for
 from nlora_surgery.version import VERSION
@@ -296,7 +296,7 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
             shape.r,
             oversampling=16,
             power_steps=2,
-            generator=_generator(options.seed, shape.module),
+            generator=module_generator(options.seed, shape.module),
             dtype=dtype,
         )
     kept = _kept(svd.S, size, options.tolerance)
@@ -421,11 +421,6 @@ def _ranked(config: AdapterConfig, ranks: dict[str, int]) -> AdapterConfig:
     lower = {module: r for module, r in ranks.items() if r != config.r}
     alphas = {module: float(r) for module, r in lower.items()}
     return AdapterConfig(**{**values, "rank_pattern": lower, "alpha_pattern": alphas})
-
-
-def _generator(seed: int, module: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def _module_bytes(shape: ModuleShape, options: ExtractOptions) -> int:

@@ -15,9 +15,10 @@ from torch import Tensor
 from nlora_surgery.adapter import Adapter, check_base
 from nlora_surgery.adapter_keys import parse_key
 from nlora_surgery.checkpoint import INDEX_FILE, MANIFEST, Checkpoint, TensorInfo, read_json
+from nlora_surgery.devices import compute_dtype, resolve_devices
 from nlora_surgery.errors import AdapterError, NonFiniteError, OptionError
-from nlora_surgery.factor import delta_norm, row_tiles
-from nlora_surgery.rewrite import Edit, Plan, Progress, compute_dtype, resolve_devices, rewrite
+from nlora_surgery.factor import delta_norm, is_finite, row_tiles
+from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
 from nlora_surgery.staging import run_id
 from nlora_surgery.targets import experts_lie_in_out, is_conv1d, refuse_quantized
 from nlora_surgery.version import VERSION
@@ -368,7 +369,7 @@ def _sides(
 
 
 def _finite(tensor: Tensor, adapter: Adapter, name: str) -> Tensor:
-    if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor)):
+    if not is_finite(tensor):
         raise NonFiniteError(name, f"{adapter.directory}: {name} holds NaN or infinity; its training diverged")
     return tensor
 

@@ -30,8 +30,9 @@ from nlora_surgery.checkpoint import (
     TensorInfo,
     read_json,
 )
+from nlora_surgery.devices import compute_dtype, resolve_devices
 from nlora_surgery.errors import NonFiniteError, OptionError, UnsupportedCheckpointError
-from nlora_surgery.factor import Factors, delta_norm, factorize, row_tiles
+from nlora_surgery.factor import Factors, delta_norm, factorize, is_finite, module_generator, row_tiles
 from nlora_surgery.manifest import read_manifest
 from nlora_surgery.options import (
     ADAPTER_DTYPES,
@@ -43,7 +44,7 @@ from nlora_surgery.options import (
     STARTS_AT_ZERO,
     FactorOptions,
 )
-from nlora_surgery.rewrite import Edit, Plan, Progress, compute_dtype, resolve_devices, rewrite
+from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
 from nlora_surgery.staging import run_id
 from nlora_surgery.targets import Target, choose_targets, refuse_quantized, target_modules_for
 from nlora_surgery.version import VERSION
@@ -192,7 +193,7 @@ def plan_init(
     targets = choose_targets(source, options.rank, options.targets, options.exclude)
     skipped: list[str] = []
     if options.allow_nonfinite:
-        skipped = [target.tensor for target in targets if not _is_finite(source.tensor(target.tensor))]
+        skipped = [target.tensor for target in targets if not is_finite(source.tensor(target.tensor))]
         targets = [target for target in targets if target.tensor not in skipped]
         if not targets:
             raise NonFiniteError(skipped[0], "every target weight holds NaN or infinity; nothing is left to adapt")
@@ -279,7 +280,7 @@ def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
     dtype = compute_dtype(stored.dtype)
     weight = stored.T if target.fan_in_fan_out else stored
     scaling = plan.config.scaling(target.module, target.r)
-    if plan.engine.needs_whole and not options.factor.samples_only and not _is_finite(stored):
+    if plan.engine.needs_whole and not options.factor.samples_only and not is_finite(stored):
         raise _not_finite(target)
     try:
         exact = factorize(
@@ -287,11 +288,11 @@ def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
             target.r,
             options.factor,
             scaling=scaling,
-            generator=_generator(options.seed, target.module),
+            generator=module_generator(options.seed, target.module),
             dtype=dtype,
         )
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        if not _is_finite(stored):
+        if not is_finite(stored):
             raise _not_finite(target) from error
         raise NonFiniteError(
             target.tensor,
@@ -301,10 +302,10 @@ def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
 
     # The residual is taken from the factors as they are stored, so that rounding them costs nothing.
     factors = exact.to(getattr(torch, options.adapter_dtype))
-    if not all(map(_is_finite, _matrices(factors).values())):
-        if not _is_finite(stored):
+    if not all(map(is_finite, _matrices(factors).values())):
+        if not is_finite(stored):
             raise _not_finite(target)
-        if options.adapter_dtype != "float32" and all(map(_is_finite, _matrices(exact).values())):
+        if options.adapter_dtype != "float32" and all(map(is_finite, _matrices(exact).values())):
             raise NonFiniteError(
                 target.tensor,
                 f"a factor of {target.tensor!r} overflows {options.adapter_dtype}; use --adapter-dtype float32",
@@ -474,12 +475,6 @@ def _fields(config: AdapterConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
-def _generator(seed: int, module: str) -> torch.Generator:
-    """One stream of random numbers per module, so that neither order nor threads change what it draws."""
-    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-
-
 def _factor_bytes(target: Target, source: Checkpoint, options: InitOptions) -> int:
     """About what factoring this target allocates at most."""
     stored = source.tensors[target.tensor]
@@ -492,11 +487,6 @@ def _factor_bytes(target: Target, source: Checkpoint, options: InitOptions) -> i
     if options.factor.samples_only:
         return 3 * sides * target.r
     return 5 * sides * (target.r + options.factor.oversampling)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # aminmax passes NaN on, makes no temporary, and is many times faster than isfinite().all().
-    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def _not_finite(target: Target) -> NonFiniteError:

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from nlora_surgery.adapter import Adapter, check_base
 from nlora_surgery.checkpoint import Checkpoint, read_json
+from nlora_surgery.devices import compute_dtype, single_threaded_torch
 from nlora_surgery.errors import AdapterError, BaseMismatchError, VerificationError
 from nlora_surgery.factor import Factors, row_tiles
 from nlora_surgery.manifest import read_manifest
 from nlora_surgery.options import STARTS_AT_ZERO
-from nlora_surgery.rewrite import Progress, compute_dtype, single_threaded_torch
+from nlora_surgery.rewrite import Progress
 from nlora_surgery.targets import module_kind
 
 __all__ = ["LogitsReport", "Prepared", "Verification", "half_ulp", "verify", "verify_logits"]
