@@ -106,6 +106,8 @@ class Plan:
         appended: tensors that the source lacks, each put at the end of the file that holds the source tensor
             from which its edit starts: its name, and that tensor's. They are among `edits`.
         inputs: directories that the output must not touch; None is the source's.
+        mend_source: what can be done where a tensor of the source is not finite, for the message.
+        mend_result: the same where the edited tensor is not.
     """
 
     source: Checkpoint
@@ -119,6 +121,8 @@ class Plan:
     worker_bytes: int = 0
     appended: Mapping[str, str] = field(default_factory=dict)
     inputs: Sequence[Path] | None = None
+    mend_source: str = "repair it"
+    mend_result: str = "repair it"
 
     @cached_property
     def layouts(self) -> dict[str, FileLayout]:
@@ -521,12 +525,13 @@ class _TensorWriter:
                     raise _Canceled
                 shape = (rows.stop - rows.start, weight.shape[1])
                 exact = workspace.buffer("exact", dtype, shape).copy_(weight[rows])
-                squares["weight_norm"] += _norm(exact, info.name) ** 2
+                squares["weight_norm"] += _norm(exact, self.plan, info.name) ** 2
                 apply(rows, exact)
                 rounded = workspace.buffer("rounded", weight.dtype, shape).copy_(exact)
-                squares["result_norm"] += _norm(exact, info.name, "after the edit") ** 2
+                squares["result_norm"] += _norm(exact, self.plan, info.name, "after the edit") ** 2
                 again = workspace.buffer("again", dtype, shape).copy_(rounded)
-                squares["rounding_norm"] += _norm(exact.sub_(again), info.name, f"as {info.dtype}") ** 2
+                rounding = exact.sub_(again)
+                squares["rounding_norm"] += _norm(rounding, self.plan, info.name, f"as {info.dtype}") ** 2
                 data = _bytes_of(workspace.download(rounded))
                 checksum = zlib.crc32(data, checksum)
                 if output is not None:
@@ -536,18 +541,14 @@ class _TensorWriter:
         return checksum, {name: math.sqrt(square) for name, square in squares.items()}
 
 
-def _norm(tile: Tensor, name: str, when: str = "") -> float:
+def _norm(tile: Tensor, plan: Plan, name: str, when: str = "") -> float:
     norm = float(torch.linalg.vector_norm(tile))
     if not math.isfinite(norm):  # either it is so, or squares of huge numbers overflowed fp32
         norm = float(torch.linalg.vector_norm(tile, dtype=torch.float64))
     if not math.isfinite(norm):
         if not when:
-            raise NonFiniteError(
-                name, f"weight {name!r} holds NaN or infinity; repair it, or leave it out with --allow-nonfinite"
-            )
-        raise NonFiniteError(
-            name, f"weight {name!r} is finite, but {when} it is not; choose another method or --exclude the module"
-        )
+            raise NonFiniteError(name, f"weight {name!r} holds NaN or infinity; {plan.mend_source}")
+        raise NonFiniteError(name, f"weight {name!r} is finite, but {when} it is not; {plan.mend_result}")
     return norm
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from nlora_surgery.adapter import Adapter, AdapterConfig, tensor_name
 from nlora_surgery.surgery.convert import ConvertOptions, convert, plan_convert
 from nlora_surgery.surgery.extract import ExtractOptions, extract, plan_extract
 from nlora_surgery.surgery.merge import merge, plan_merge
+from tests.checkpoints import write_checkpoint
+from tests.test_bad_input import assert_broke_off, nothing_changes
 from tests.test_init import init, load_checkpoint, same_files
 
 Surgery = Callable[..., Any]
@@ -300,6 +303,42 @@ def test_bad_conversions(
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+PLAIN = "layers.0.m"
+LORA_M = AdapterConfig("LORA", 2, 2.0, target_modules=["m"])
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_N", "lora_B"])
+def test_an_adapter_that_is_not_finite(part: str, surgery: Surgery, tmp_path: Path) -> None:
+    parts = {"lora_A": torch.ones(2, 4), "lora_N": torch.eye(2), "lora_B": torch.ones(3, 2)}
+    parts[part][1, 1] = float("nan")
+    write_adapter(tmp_path / "bad", {PLAIN: parts}, replace(LORA_M, peft_type="SLORA"))
+    with nothing_changes(tmp_path):
+        done = surgery("convert", tmp_path / "bad", "-o", tmp_path / "out")
+        assert_broke_off(done, 6, PLAIN, "holds NaN or infinity", "training diverged")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "options", "advice"),
+    [
+        (torch.float32, 1e6, ("--dtype", "float16"), "--dtype float32"),
+        (torch.float32, 1e6, ("--dtype", "float16", "--for", "vllm"), "--dtype bfloat16"),
+        (torch.float32, 1e38, (), "training diverged"),
+    ],
+)
+def test_a_factor_that_overflows(
+    dtype: torch.dtype, size: float, options: tuple[str, ...], advice: str, surgery: Surgery, tmp_path: Path
+) -> None:
+    """The advice is one that the command takes: vLLM loads no fp32."""
+    parts = {"lora_A": torch.ones(2, 4), "lora_N": 10 * torch.eye(2), "lora_B": size * torch.ones(3, 2)}
+    write_adapter(
+        tmp_path / "large", {PLAIN: {n: t.to(dtype) for n, t in parts.items()}}, replace(LORA_M, peft_type="SLORA")
+    )
+    with nothing_changes(tmp_path):
+        assert_broke_off(
+            surgery("convert", tmp_path / "large", "-o", tmp_path / "out", *options), 6, PLAIN, "overflows", advice
+        )
+
+
 def test_dora_cannot_become_slora(surgery: Surgery, tmp_path: Path) -> None:
     directory = tmp_path / "dora"
     config = AdapterConfig("LORA", 2, 2.0, target_modules=["m"], extra={"use_dora": True})
@@ -401,6 +440,30 @@ def test_extract_refuses_another_architecture(surgery: Surgery, tiny_llama: Path
     done = surgery("extract", tiny_llama, other, "-o", tmp_path / "out")
     assert done.code == 3
     assert "not of one architecture" in done.stderr
+
+
+@pytest.mark.parametrize("whose", ["base", "tuned"])
+def test_extract_from_a_weight_that_is_not_finite(whose: str, surgery: Surgery, tmp_path: Path) -> None:
+    """It says in which of the two."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    models = {"base": torch.randn(16, 8), "tuned": torch.randn(16, 8)}
+    models[whose][2, 3] = float("nan")
+    for directory, weight in models.items():
+        write_checkpoint(tmp_path / directory, {name: weight})
+    with nothing_changes(tmp_path):
+        done = surgery("extract", tmp_path / "base", tmp_path / "tuned", "-r", 2, "-o", tmp_path / "out")
+        assert_broke_off(done, 6, repr(name), f"of {tmp_path / whose} holds NaN or infinity", "repair it there")
+
+
+def test_extracted_factors_that_overflow(surgery: Surgery, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    for directory, size in (("base", 0.0), ("tuned", 1e12)):
+        write_checkpoint(tmp_path / directory, {name: torch.full((16, 8), size)})
+    arguments = ("extract", tmp_path / "base", tmp_path / "tuned", "-r", 2, "-o", tmp_path / "out")
+    with nothing_changes(tmp_path):
+        done = surgery(*arguments, "--dtype", "float16")
+        assert_broke_off(done, 6, repr(name), "overflows float16", "--dtype float32")
+    assert surgery(*arguments).code == 0
 
 
 def test_same_bytes_whatever_the_threads(fp32_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

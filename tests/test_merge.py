@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -836,6 +837,37 @@ def test_that_adapter_is_sound(surgery: Surgery, model: Callable[..., Path], ada
     assert surgery("merge", base, adapter, "-o", tmp_path / "out").code == 0
     virtual(adapter)
     assert surgery("merge", base, adapter, "-o", tmp_path / "virtual").code == 0
+
+
+def assert_only_its_own_options(stderr: str) -> None:
+    """No option that merge lacks, as init's would be."""
+    assert not {"--allow-nonfinite", "--exclude", "--method"} & set(re.findall(r"--[a-z-]+", stderr))
+    assert "method" not in stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_that_is_not_finite(
+    value: float, surgery: Surgery, model: Callable[..., Path], adapter: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model("llama", torch.bfloat16), base)
+    shard = base / json.loads((base / "model.safetensors.index.json").read_text())["weight_map"][f"{Q}.weight"]
+    tensors = load_file(shard)
+    tensors[f"{Q}.weight"][3, 5] = value
+    save_file(tensors, shard, {"format": "pt"})
+    with nothing_changes(tmp_path):
+        done = surgery("merge", base, adapter, "-o", tmp_path / "out")
+        assert_broke_off(done, 6, repr(f"{Q}.weight"), "holds NaN or infinity", f"repair it in {base}")
+        assert_only_its_own_options(done.stderr)
+
+
+def test_a_sum_that_overflows(surgery: Surgery, model: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
+    """The largest fp16 is 65504; the product of these factors is of size 1."""
+    with nothing_changes(tmp_path):
+        done = surgery("merge", model("llama", torch.float16), adapter, "--weight", 1e7, "-o", tmp_path / "out")
+        words = (repr(f"{Q}.weight"), "is finite, but as F16 it is not", "beyond the base's dtype", "--weight")
+        assert_broke_off(done, 6, *words)
+        assert_only_its_own_options(done.stderr)
 
 
 @pytest.mark.parametrize("shape", [(16,), (1,), (2, 32)])

@@ -362,10 +362,7 @@ def _same_left(now: Factors, before: Factors) -> bool:
 
 def _edit(plan: ConvertPlan, each: _Module) -> Edit:
     adapter, options = plan.adapter, plan.options
-    now = adapter.factors(each.source)
-    for part, matrix in zip(("lora_A", "lora_B"), (now.lora_A, now.lora_B), strict=True):
-        if not is_finite(matrix):
-            raise NonFiniteError(each.source, f"{adapter.directory}: {part} of {each.source} holds NaN or infinity")
+    now = _finite(adapter, each.source, adapter.factors(each.source))
     dtype = _stored_dtype(adapter, each.source, options)
     scaling = adapter.scaling(each.source)
     left, right = _exact_sides(plan, each, now, scaling)
@@ -382,7 +379,9 @@ def _edit(plan: ConvertPlan, each: _Module) -> Edit:
         made = made if options.to == "slora" else Factors(made.lora_A, made.lora_B)
     made = _padded(made.to(dtype), each.r)
     if not all(map(is_finite, made.matrices())):
-        raise NonFiniteError(each.module, f"a factor of {each.module} overflows {dtype}; use --dtype float32")
+        wider = "bfloat16" if options.vllm else "float32"
+        mend = f"use --dtype {wider}" if dtype.itemsize == 2 else "its training diverged"
+        raise NonFiniteError(each.module, f"a factor of {each.module} overflows {str(dtype)[6:]}; {mend}")
 
     kept = each.way == "same" and made.lora_A.dtype == now.lora_A.dtype
     error = 0.0 if kept else _error(plan, each, left, right, made)
@@ -399,14 +398,20 @@ def _exact_sides(plan: ConvertPlan, each: _Module, now: Factors, scaling: float)
     left, right = now.sides(scaling, torch.float64)
     if plan.initial is None and plan.adapter.initial(each.source) is None:
         return left, right
-    before = _start(plan.adapter, plan.initial, each.source)
     holder = plan.initial or plan.adapter
+    before = _finite(holder, each.source, _start(plan.adapter, plan.initial, each.source))
     initial_left, initial_right = before.sides(holder.scaling(each.source), torch.float64)
     if torch.equal(now.lora_A, before.lora_A):
         return left - initial_left, right
     if _same_left(now, before) and left.shape == initial_left.shape and torch.equal(left, initial_left):
         return left, right - initial_right
     return torch.cat([left, -initial_left], 1), torch.cat([right, initial_right])
+
+
+def _finite(adapter: Adapter, module: str, factors: Factors) -> Factors:
+    if not all(map(is_finite, factors.matrices())):
+        raise NonFiniteError(module, f"{adapter.directory}: {module} holds NaN or infinity; its training diverged")
+    return factors
 
 
 def _with_core(factors: Factors, options: ConvertOptions) -> Factors:

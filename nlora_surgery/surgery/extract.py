@@ -26,7 +26,16 @@ from nlora_surgery.checkpoint import (
 )
 from nlora_surgery.devices import compute_dtype, resolve_devices
 from nlora_surgery.errors import CheckpointError, NonFiniteError, OptionError, TargetError
-from nlora_surgery.factor import SVD, Factors, delta_norm, module_generator, randomized_svd, split_scale, truncated_svd
+from nlora_surgery.factor import (
+    SVD,
+    Factors,
+    delta_norm,
+    is_finite,
+    module_generator,
+    randomized_svd,
+    split_scale,
+    truncated_svd,
+)
 from nlora_surgery.options import ADAPTER_DTYPES
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
 from nlora_surgery.staging import run_id
@@ -282,9 +291,7 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
     change = after.to(stored.device, dtype).sub_(stored.to(dtype))
     size = float(torch.linalg.vector_norm(change))
     if not math.isfinite(size):
-        raise NonFiniteError(
-            info.name, f"{info.name!r} holds NaN or infinity in {plan.base.directory} or {plan.tuned.directory}"
-        )
+        raise _not_finite(plan, info.name, stored, after)
     shape = plan.modules[info.name]
     if is_conv1d(plan.base, shape.module):
         change = change.T
@@ -303,6 +310,8 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
     svd = SVD(svd.U[:, :kept], svd.S[:kept], svd.Vh[:kept])
     made = split_scale(svd, "balanced")
     factors = (made if options.to == "slora" else Factors(made.lora_A, made.lora_B)).to(getattr(torch, options.dtype))
+    if not all(map(is_finite, factors.matrices())):
+        raise NonFiniteError(info.name, f"a factor of {info.name!r} overflows {options.dtype}; use --dtype float32")
     left, right = factors.sides(1.0, dtype)
     error = float(torch.linalg.vector_norm(change.sub_(left @ right)))
     parts = {"lora_A": factors.lora_A, "lora_N": factors.lora_N, "lora_B": factors.lora_B}
@@ -313,6 +322,15 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
     }
     figures = {"change_norm": size, "error_norm": error, "r": kept, "delta_norm": delta_norm(left, right)}
     return Edit(sides=sides, figures=figures)
+
+
+def _not_finite(plan: ExtractPlan, name: str, stored: Tensor, after: Tensor) -> NonFiniteError:
+    for checkpoint, weight in ((plan.base, stored), (plan.tuned, after)):
+        if not is_finite(weight):
+            return NonFiniteError(
+                name, f"weight {name!r} of {checkpoint.directory} holds NaN or infinity; repair it there"
+            )
+    return NonFiniteError(name, f"weight {name!r} is finite in both, but the squares of its change overflow")
 
 
 def _kept(values: Tensor, size: float, tolerance: float) -> int:

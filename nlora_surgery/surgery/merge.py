@@ -126,6 +126,8 @@ def plan_merge(
         worker_bytes=max(_edit_bytes(source, changes[name]) for name in ordered),
         appended=appended,
         inputs=[base, *(path for path, _ in adapters if path.is_dir())],
+        mend_source=f"repair it in {base}: nothing can be added to it",
+        mend_result="the sum is beyond the base's dtype: store the base in a wider one, or lower --weight",
     )
     return MergePlan(source, base_name or str(base), out, opened, changes, engine)
 

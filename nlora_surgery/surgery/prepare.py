@@ -52,6 +52,7 @@ from nlora_surgery.version import VERSION
 __all__ = ["InitOptions", "InitPlan", "plan_init", "prepare"]
 
 ADAPTER_FOLDER: Final = "adapter"
+_MEND: Final = "repair it, or leave it out with --allow-nonfinite"
 _NO_FINGERPRINT: Final = "sha256:" + "0" * 64  # as long as a real one, which takes its place at the end
 
 
@@ -228,6 +229,8 @@ def plan_init(
         carried=carried if writes_shards else (),
         needs_whole=_needs_whole(options),
         worker_bytes=max(_factor_bytes(target, source, options) for target in targets),
+        mend_source=_MEND,
+        mend_result="choose another method or --exclude the module",
     )
     return InitPlan(
         source, source_name, out, options, targets, skipped, left_out if writes_shards else (), config, engine
@@ -490,10 +493,7 @@ def _factor_bytes(target: Target, source: Checkpoint, options: InitOptions) -> i
 
 
 def _not_finite(target: Target) -> NonFiniteError:
-    return NonFiniteError(
-        target.tensor,
-        f"weight {target.tensor!r} holds NaN or infinity; repair it, or leave it out with --allow-nonfinite",
-    )
+    return NonFiniteError(target.tensor, f"weight {target.tensor!r} holds NaN or infinity; {_MEND}")
 
 
 def _overflow(target: Target, what: str) -> NonFiniteError:
