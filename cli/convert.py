@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from nlora_surgery_cli.options import byte_count, locate_adapter
+from nlora_surgery_cli.options import WritingCommand, locate_adapter
 from nlora_surgery_cli.render import ProgressBar, bytes_text, echo_json, first_rank, warn
 
 from nlora_surgery.options import ADAPTER_DTYPES, SCALE_SPLITS
@@ -14,9 +14,8 @@ from nlora_surgery.options import ADAPTER_DTYPES, SCALE_SPLITS
 __all__ = ["command"]
 
 
-@click.command("convert")
+@click.command("convert", cls=WritingCommand, uses_device=False)
 @click.argument("adapter")
-@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Directory to make.")
 @click.option("--to", type=click.Choice(["lora", "slora"]), default="lora", show_default=True, help="The form wanted.")
 @click.option("--base", help="The model that the result is for; the original, to leave a residual base.")
 @click.option("--initial", help="The adapter as it was before training, to be subtracted.")
@@ -25,10 +24,6 @@ __all__ = ["command"]
               help="Of slora: how the scale is spread.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(ADAPTER_DTYPES), help="Of the result.  [default: the adapter's]")
 @click.option("--for", "target", type=click.Choice(["vllm"]), help="What will load it: one rank, alpha = r, 16 bits.")
-@click.option("--max-memory", callback=byte_count, help="Bound on buffers, e.g. 500MB; fewer threads keep it.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(
     adapter: str,
     out: Path,

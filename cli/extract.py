@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from nlora_surgery_cli.options import byte_count
+from nlora_surgery_cli.options import WritingCommand
 from nlora_surgery_cli.render import ProgressBar, bytes_text, echo_json, echo_table, first_rank, warn
 
 from nlora_surgery.options import ADAPTER_DTYPES
@@ -14,10 +14,9 @@ from nlora_surgery.options import ADAPTER_DTYPES
 __all__ = ["command"]
 
 
-@click.command("extract")
+@click.command("extract", cls=WritingCommand)
 @click.argument("base")
 @click.argument("tuned")
-@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Directory to make.")
 @click.option("--rank", "-r", type=int, default=64, show_default=True, help="r of every changed module, at most.")
 @click.option("--to", type=click.Choice(["lora", "slora"]), default="lora", show_default=True, help="The form wanted.")
 @click.option("--method", type=click.Choice(["sketch", "svd"]), default="sketch", show_default=True)
@@ -26,12 +25,7 @@ __all__ = ["command"]
 @click.option("--others", type=click.Choice(["save", "refuse", "ignore"]), default="save", show_default=True,
               help="Other changed tensors: into modules_to_save, an error, or left out.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(ADAPTER_DTYPES), default="float32", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (all GPUs), cuda:N or mps.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sketch.")
-@click.option("--max-memory", callback=byte_count, help="Bound on buffers, e.g. 500MB; fewer threads keep it.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(
     base: str,
     tuned: str,

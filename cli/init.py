@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from nlora_surgery_cli.options import byte_count, split_names
+from nlora_surgery_cli.options import WritingCommand, split_names
 from nlora_surgery_cli.render import (
     ProgressBar,
     bytes_text,
@@ -24,7 +24,7 @@ from nlora_surgery.options import ADAPTER_DTYPES, METHODS, RESIDUALS, SAMPLINGS,
 __all__ = ["command"]
 
 
-@click.command("init")
+@click.command("init", cls=WritingCommand)
 @click.argument("model")
 @click.option("--rank", "-r", type=int, default=64, show_default=True, help="r of every adapted module.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory to make.  [default: MODEL-nlora-rRANK]")
@@ -50,13 +50,8 @@ __all__ = ["command"]
 @click.option("--oversampling", type=int, default=16, show_default=True, help="Extra columns of a sketch.")
 @click.option("--pinv-rtol", type=float, default=0.1, show_default=True,
               help="nystrom-pinv drops singular values below this share of the largest; 0 keeps all.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (all GPUs), cuda:N or mps.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--max-memory", callback=byte_count, help="Bound on buffers, e.g. 500MB; fewer threads keep it.")
 @click.option("--allow-nonfinite", is_flag=True, help="Leave weights with NaN or infinity alone instead of failing.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(
     model: str,
     rank: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from nlora_surgery_cli.options import byte_count, locate_adapter
+from nlora_surgery_cli.options import WritingCommand, locate_adapter
 from nlora_surgery_cli.render import ProgressBar, bytes_text, echo_json, figure, first_rank
 
 from nlora_surgery.errors import OptionError
@@ -13,17 +13,11 @@ from nlora_surgery.errors import OptionError
 __all__ = ["command"]
 
 
-@click.command("merge")
+@click.command("merge", cls=WritingCommand)
 @click.argument("base")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
-@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Directory to make.")
 @click.option("--weight", "weights", type=float, multiple=True, help="Times an adapter's change; one per ADAPTER.")
 @click.option("--untie", is_flag=True, help="Give a tied head its own tensor where head or embedding changes.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (all GPUs), cuda:N or mps.")
-@click.option("--max-memory", callback=byte_count, help="Bound on buffers, e.g. 500MB; fewer threads keep it.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(
     base: str,
     adapters: tuple[str, ...],

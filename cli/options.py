@@ -1,12 +1,44 @@
-"""How option values are read."""
+"""The options that commands share, and how option values are read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
-__all__ = ["byte_count", "locate_adapter", "split_names"]
+__all__ = ["WritingCommand", "byte_count", "locate_adapter", "split_names"]
+
+
+class WritingCommand(click.Command):
+    """A command that makes a directory, with the options that all of these share.
+
+    They are `out`, unless the command has one of its own; `device`, unless it says that it uses none; `max_memory`,
+    `dry_run`, `overwrite` and `as_json`.
+    """
+
+    def __init__(
+        self, name: str, *, params: Sequence[click.Parameter], uses_device: bool = True, **settings: Any
+    ) -> None:
+        own = {parameter.name for parameter in params}
+        out = click.Option(["--out", "-o"], type=click.Path(path_type=Path), required=True, help="Directory to make.")
+        device = click.Option(
+            ["--device"], default="auto", show_default=True, help="auto, cpu, cuda (all GPUs), cuda:N or mps."
+        )
+        memory = click.Option(
+            ["--max-memory"], callback=byte_count, help="Bound on buffers, e.g. 500MB; fewer threads keep it."
+        )
+        shared = [
+            *([] if "out" in own else [out]),
+            *params,
+            *([device] if uses_device else []),
+            memory,
+            click.Option(["--dry-run"], is_flag=True, help="Say what would be done; write nothing."),
+            click.Option(["--overwrite"], is_flag=True, help="Replace an earlier output."),
+            click.Option(["--json", "as_json"], is_flag=True, help="Print the manifest as JSON."),
+        ]
+        super().__init__(name, params=shared, **settings)
 
 
 def locate_adapter(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -9,11 +10,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nlora_surgery.checkpoint import MANIFEST, read_json
+from nlora_surgery.checkpoint import MANIFEST, Checkpoint, read_json
 from nlora_surgery.errors import CheckpointError
+from nlora_surgery.staging import run_id
 from nlora_surgery.targets import module_kind
+from nlora_surgery.version import VERSION
 
-__all__ = ["read_manifest", "summarize"]
+__all__ = ["identify", "read_manifest", "summarize", "write_manifest"]
+
+
+def identify(command: str, source: Checkpoint, source_name: str, **decisive: Any) -> dict[str, Any]:
+    """The identity of a run, for `rewrite.Plan`: everything that decides the bytes that it writes.
+
+    Args:
+        command: its name.
+        source: what is rewritten.
+        source_name: how the user named it.
+        decisive: whatever else the bytes depend on, as JSON values.
+    """
+    head = {"command": command, "version": VERSION, "source": source.fingerprint(), "source_name": source_name}
+    return head | decisive
+
+
+def write_manifest(tree: Path, identity: Mapping[str, Any], **figures: Any) -> None:
+    """Write the manifest into a staged directory.
+
+    Args:
+        tree: the directory.
+        identity: of the run, from `identify`.
+        figures: what the operation says about it, as JSON values.
+    """
+    head = {
+        "format": 1,
+        "tool": {"name": "nlora_surgery", "version": identity["version"]},
+        "command": identity["command"],
+        "run": run_id(identity),
+        "source": {"name": identity["source_name"], "fingerprint": identity["source"]},
+    }
+    (tree / MANIFEST).write_text(json.dumps(head | figures, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,10 +25,9 @@ from nlora_surgery.checkpoint import (
 )
 from nlora_surgery.errors import AdapterError, BaseMismatchError, NonFiniteError, OptionError
 from nlora_surgery.factor import SVD, Factors, delta_norm, is_finite, product_svd, split_scale
+from nlora_surgery.manifest import identify, write_manifest
 from nlora_surgery.options import SCALE_SPLITS, ScaleSplit
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
-from nlora_surgery.staging import run_id
-from nlora_surgery.version import VERSION
 
 __all__ = ["VLLM_RANKS", "ConvertOptions", "ConvertPlan", "convert", "plan_convert"]
 
@@ -107,6 +106,11 @@ class ConvertPlan:
     passed: Mapping[str, str]
     engine: Plan
 
+    @cached_property
+    def by_tensor(self) -> dict[str, _Module]:
+        """The modules by the names of their lora_A, from which their edits start."""
+        return {self.adapter.parts[each.source]["lora_A"]: each for each in self.modules}
+
     @property
     def max_lora_rank(self) -> int:
         """What vLLM must be started with to load the result."""
@@ -183,14 +187,14 @@ def plan_convert(
         source=source.file,
         out=out,
         edits=[*(source.parts[each.source]["lora_A"] for each in modules), *passed],
-        identity={
-            "command": "convert",
-            "version": VERSION,
-            "adapter": source.file.fingerprint(),
-            "initial": None if start is None else start.file.fingerprint(),
-            "config": config.to_json(),
-            **{name: getattr(options, name) for name in ConvertOptions.__dataclass_fields__},
-        },
+        identity=identify(
+            "convert",
+            source.file,
+            str(source.directory),
+            initial=None if start is None else start.file.fingerprint(),
+            config=config.to_json(),
+            **asdict(options),
+        ),
         write_shards=False,
         side=side,
         needs_whole=False,
@@ -220,32 +224,15 @@ def convert(
     Raises:
         OutputError, StageError, NonFiniteError: see `rewrite`.
     """
-    adapter = plan.adapter
-    modules = {adapter.parts[each.source]["lora_A"]: each for each in plan.modules}
-
-    def edit(info: TensorInfo, stored: Tensor) -> Edit:
-        if info.name in plan.passed:
-            return Edit(sides={plan.passed[info.name]: stored}, figures={"error": 0.0})
-        return _edit(plan, modules[info.name])
-
-    def finish(tree: Path, records: dict[str, dict[str, Any]]) -> None:
-        (tree / ADAPTER_CONFIG).write_text(plan.config.to_json(), encoding="utf-8")
-        manifest = {
-            "format": 1,
-            "tool": {"name": "nlora_surgery", "version": VERSION},
-            "command": "convert",
-            "run": run_id(plan.engine.identity),
-            "source": {"name": str(adapter.directory), "fingerprint": adapter.file.fingerprint()},
-            "options": {name: getattr(plan.options, name) for name in ConvertOptions.__dataclass_fields__},
-            "modules": [
-                {"module": each.module, "r": each.r, "way": each.way, **records[name]["figures"]}
-                for name, each in modules.items()
-            ],
-        }
-        (tree / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-    # The factors are small next to a model, and fp64 is wanted: not work for a GPU.
-    rewrite(plan.engine, edit, finish, device="cpu", overwrite=overwrite, max_memory=max_memory, progress=progress)
+    rewrite(
+        plan.engine,
+        partial(_edit, plan),
+        partial(_finish, plan),
+        device="cpu",  # the factors are small next to a model, and fp64 is wanted: not work for a GPU
+        overwrite=overwrite,
+        max_memory=max_memory,
+        progress=progress,
+    )
     return read_json(plan.out / MANIFEST)
 
 
@@ -360,8 +347,10 @@ def _same_left(now: Factors, before: Factors) -> bool:
 # --- the algebra ------------------------------------------------------------------------------------------
 
 
-def _edit(plan: ConvertPlan, each: _Module) -> Edit:
-    adapter, options = plan.adapter, plan.options
+def _edit(plan: ConvertPlan, info: TensorInfo, stored: Tensor) -> Edit:
+    if info.name in plan.passed:
+        return Edit(sides={plan.passed[info.name]: stored}, figures={"error": 0.0})
+    adapter, options, each = plan.adapter, plan.options, plan.by_tensor[info.name]
     now = _finite(adapter, each.source, adapter.factors(each.source))
     dtype = _stored_dtype(adapter, each.source, options)
     scaling = adapter.scaling(each.source)
@@ -440,6 +429,19 @@ def _error(plan: ConvertPlan, each: _Module, left: Tensor, right: Tensor, made: 
 
 
 # --- the result's files -------------------------------------------------------------------------------------
+
+
+def _finish(plan: ConvertPlan, tree: Path, records: Mapping[str, dict[str, Any]]) -> None:
+    (tree / ADAPTER_CONFIG).write_text(plan.config.to_json(), encoding="utf-8")
+    write_manifest(
+        tree,
+        plan.engine.identity,
+        options=asdict(plan.options),
+        modules=[
+            {"module": each.module, "r": each.r, "way": each.way, **records[name]["figures"]}
+            for name, each in plan.by_tensor.items()
+        ],
+    )
 
 
 def _config(

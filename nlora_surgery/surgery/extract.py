@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,10 @@ from nlora_surgery.factor import (
     split_scale,
     truncated_svd,
 )
+from nlora_surgery.manifest import identify, write_manifest
 from nlora_surgery.options import ADAPTER_DTYPES
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
-from nlora_surgery.staging import run_id
 from nlora_surgery.targets import is_conv1d, refuse_quantized, target_modules_for
-from nlora_surgery.version import VERSION
 
 __all__ = ["ExtractOptions", "ExtractPlan", "extract", "plan_extract"]
 
@@ -201,15 +200,14 @@ def plan_extract(
         source=source,
         out=out,
         edits=[*modules, *replaced],
-        identity={
-            "command": "extract",
-            "version": VERSION,
-            "source": fingerprint,
-            "tuned": result.fingerprint(),
-            "base_name": base_name or str(base),
-            "device": device_kind,
-            **{name: getattr(options, name) for name in ExtractOptions.__dataclass_fields__},
-        },
+        identity=identify(
+            "extract",
+            source,
+            base_name or str(base),
+            tuned=result.fingerprint(),
+            device=device_kind,
+            **asdict(options),
+        ),
         write_shards=False,
         side=side,
         worker_bytes=max((_module_bytes(shape, options) for shape in modules.values()), default=0),
@@ -239,14 +237,15 @@ def extract(
     Raises:
         OutputError, StageError, NonFiniteError: see `rewrite`.
     """
-
-    def edit(info: TensorInfo, stored: Tensor) -> Edit:
-        return _edit(plan, info, stored)
-
-    def finish(tree: Path, records: dict[str, dict[str, Any]]) -> None:
-        _finish(plan, tree, records)
-
-    rewrite(plan.engine, edit, finish, device=device, overwrite=overwrite, max_memory=max_memory, progress=progress)
+    rewrite(
+        plan.engine,
+        partial(_edit, plan),
+        partial(_finish, plan),
+        device=device,
+        overwrite=overwrite,
+        max_memory=max_memory,
+        progress=progress,
+    )
     return read_json(plan.out / MANIFEST)
 
 
@@ -360,17 +359,14 @@ def _finish(plan: ExtractPlan, tree: Path, records: dict[str, dict[str, Any]]) -
     (tree / ADAPTER_CONFIG).write_text(config.to_json(), encoding="utf-8")
     total = math.sqrt(sum(each["change_norm"] ** 2 for each in figures.values()))
     wrong = math.sqrt(sum(each["error_norm"] ** 2 for each in figures.values()))
-    manifest = {
-        "format": 1,
-        "tool": {"name": "nlora_surgery", "version": VERSION},
-        "command": "extract",
-        "run": run_id(plan.engine.identity),
-        "source": {"name": plan.engine.identity["base_name"], "fingerprint": plan.engine.identity["source"]},
-        "options": {name: getattr(plan.options, name) for name in ExtractOptions.__dataclass_fields__},
-        "error": wrong / total if total else 0.0,
-        "replaced": list(plan.replaced),
-        "ignored": list(plan.ignored),
-        "modules": [
+    write_manifest(
+        tree,
+        plan.engine.identity,
+        options=asdict(plan.options),
+        error=wrong / total if total else 0.0,
+        replaced=list(plan.replaced),
+        ignored=list(plan.ignored),
+        modules=[
             {
                 "module": plan.modules[name].module,
                 "r": each["r"],
@@ -379,8 +375,7 @@ def _finish(plan: ExtractPlan, tree: Path, records: dict[str, dict[str, Any]]) -
             }
             for name, each in figures.items()
         ],
-    }
-    (tree / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    )
 
 
 def _cut(plan: ExtractPlan, tree: Path, ranks: dict[str, int]) -> None:
@@ -435,10 +430,9 @@ def _config(
 
 def _ranked(config: AdapterConfig, ranks: dict[str, int]) -> AdapterConfig:
     """The configuration with these ranks, and the scaling 1 for each."""
-    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
     lower = {module: r for module, r in ranks.items() if r != config.r}
     alphas = {module: float(r) for module, r in lower.items()}
-    return AdapterConfig(**{**values, "rank_pattern": lower, "alpha_pattern": alphas})
+    return replace(config, rank_pattern=lower, alpha_pattern=alphas)
 
 
 def _module_bytes(shape: ModuleShape, options: ExtractOptions) -> int:

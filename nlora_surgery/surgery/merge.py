@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from nlora_surgery.checkpoint import INDEX_FILE, MANIFEST, Checkpoint, TensorInf
 from nlora_surgery.devices import compute_dtype, resolve_devices
 from nlora_surgery.errors import AdapterError, NonFiniteError, OptionError
 from nlora_surgery.factor import delta_norm, is_finite, row_tiles
+from nlora_surgery.manifest import identify, write_manifest
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
-from nlora_surgery.staging import run_id
 from nlora_surgery.targets import experts_lie_in_out, is_conv1d, refuse_quantized
-from nlora_surgery.version import VERSION
 
 __all__ = ["MergePlan", "merge", "plan_merge"]
 
@@ -53,7 +53,6 @@ class MergePlan:
 
     Attributes:
         base: the opened base.
-        base_name: how the user named it.
         out: the directory to be made.
         adapters: each with its weight.
         changes: by the name of the tensor.
@@ -61,7 +60,6 @@ class MergePlan:
     """
 
     base: Checkpoint
-    base_name: str
     out: Path
     adapters: Sequence[tuple[Adapter, float]]
     changes: dict[str, _Change]
@@ -113,15 +111,14 @@ def plan_merge(
         source=source,
         out=out,
         edits=ordered,
-        identity={
-            "command": "merge",
-            "version": VERSION,
-            "source": source.fingerprint(),
-            "source_name": base_name or str(base),
-            "adapters": [[adapter.file.fingerprint(), adapter.config.to_json(), weight] for adapter, weight in opened],
-            "untie": untie,
-            "device": device_kind,
-        },
+        identity=identify(
+            "merge",
+            source,
+            base_name or str(base),
+            adapters=[[adapter.file.fingerprint(), adapter.config.to_json(), weight] for adapter, weight in opened],
+            untie=untie,
+            device=device_kind,
+        ),
         carried=carried,
         worker_bytes=max(_edit_bytes(source, changes[name]) for name in ordered),
         appended=appended,
@@ -129,7 +126,7 @@ def plan_merge(
         mend_source=f"repair it in {base}: nothing can be added to it",
         mend_result="the sum is beyond the base's dtype: store the base in a wider one, or lower --weight",
     )
-    return MergePlan(source, base_name or str(base), out, opened, changes, engine)
+    return MergePlan(source, out, opened, changes, engine)
 
 
 def merge(
@@ -152,14 +149,15 @@ def merge(
     Raises:
         OutputError, StageError, NonFiniteError: see `rewrite`.
     """
-
-    def edit(info: TensorInfo, stored: Tensor) -> Edit:
-        return _edit(plan.base, info, stored, plan.changes[info.name])
-
-    def finish(tree: Path, records: dict[str, dict[str, Any]]) -> None:
-        _finish(plan, tree, records)
-
-    rewrite(plan.engine, edit, finish, device=device, overwrite=overwrite, max_memory=max_memory, progress=progress)
+    rewrite(
+        plan.engine,
+        partial(_edit, plan),
+        partial(_finish, plan),
+        device=device,
+        overwrite=overwrite,
+        max_memory=max_memory,
+        progress=progress,
+    )
     return read_json(plan.out / MANIFEST)
 
 
@@ -314,8 +312,9 @@ def _edit_bytes(source: Checkpoint, change: _Change) -> int:
 # --- the arithmetic -----------------------------------------------------------------------------------------
 
 
-def _edit(source: Checkpoint, info: TensorInfo, stored: Tensor, change: _Change) -> Edit:
+def _edit(plan: MergePlan, info: TensorInfo, stored: Tensor) -> Edit:
     """How one tensor's rows change."""
+    source, change = plan.base, plan.changes[info.name]
     dtype = compute_dtype(stored.dtype)
     steps: list[Callable[[slice, Tensor], None]] = []
     figures: dict[str, Any] = {}
@@ -456,18 +455,14 @@ def _finish(plan: MergePlan, tree: Path, records: dict[str, dict[str, Any]]) -> 
         weight_norm, delta = figures.get("weight_norm"), figures.get("delta_norm")
         ratio = delta / weight_norm if weight_norm and delta is not None else None
         changed.append({"tensor": name, "delta_ratio": ratio, "checksums": record["checksums"]})
-    manifest = {
-        "format": 1,
-        "tool": {"name": "nlora_surgery", "version": VERSION},
-        "command": "merge",
-        "run": run_id(plan.engine.identity),
-        "source": {"name": plan.base_name, "fingerprint": plan.engine.identity["source"]},
-        "adapters": [{"name": str(adapter.directory), "weight": weight} for adapter, weight in plan.adapters],
-        "fingerprint": fingerprint,
-        "tensors": len(plan.base.tensors) + len(plan.engine.appended),
-        "changed": changed,
-    }
-    (tree / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_manifest(
+        tree,
+        plan.engine.identity,
+        adapters=[{"name": str(adapter.directory), "weight": weight} for adapter, weight in plan.adapters],
+        fingerprint=fingerprint,
+        tensors=len(plan.base.tensors) + len(plan.engine.appended),
+        changed=changed,
+    )
 
 
 def _untie(plan: MergePlan, tree: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +32,7 @@ from nlora_surgery.checkpoint import (
 from nlora_surgery.devices import compute_dtype, resolve_devices
 from nlora_surgery.errors import NonFiniteError, OptionError, UnsupportedCheckpointError
 from nlora_surgery.factor import Factors, delta_norm, factorize, is_finite, module_generator, row_tiles
-from nlora_surgery.manifest import read_manifest
+from nlora_surgery.manifest import identify, read_manifest, write_manifest
 from nlora_surgery.options import (
     ADAPTER_DTYPES,
     FAMILY_NYSTROM,
@@ -45,9 +44,7 @@ from nlora_surgery.options import (
     FactorOptions,
 )
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
-from nlora_surgery.staging import run_id
 from nlora_surgery.targets import Target, choose_targets, refuse_quantized, target_modules_for
-from nlora_surgery.version import VERSION
 
 __all__ = ["InitOptions", "InitPlan", "plan_init", "prepare"]
 
@@ -158,6 +155,11 @@ class InitPlan:
     config: AdapterConfig
     engine: Plan
 
+    @cached_property
+    def by_tensor(self) -> dict[str, Target]:
+        """The targets by the names of their weights."""
+        return {target.tensor: target for target in self.targets}
+
     @property
     def parameters(self) -> int:
         """Trainable parameters of the adapter."""
@@ -210,20 +212,11 @@ def plan_init(
         metadata={FINGERPRINT_KEY: _NO_FINGERPRINT},
     )
     carried, left_out = source.other_files()
-    fingerprint = source.fingerprint()
     engine = Plan(
         source=source,
         out=out,
         edits=[target.tensor for target in targets],
-        identity={
-            "command": "init",
-            "version": VERSION,
-            "source": fingerprint,
-            "source_name": source_name,
-            "targets": hashlib.sha256(repr(targets).encode()).hexdigest()[:16],
-            "device": device_kind,
-            **_plain_options(options),
-        },
+        identity=identify("init", source, source_name, device=device_kind, **_plain_options(options)),
         write_shards=writes_shards,
         side=side,
         carried=carried if writes_shards else (),
@@ -257,18 +250,10 @@ def prepare(
     Raises:
         OutputError, StageError, NonFiniteError: see `rewrite`.
     """
-    by_tensor = {target.tensor: target for target in plan.targets}
-
-    def edit(info: TensorInfo, stored: Tensor) -> Edit:
-        return _edit(plan, by_tensor[info.name], stored)
-
-    def finish(tree: Path, records: dict[str, dict[str, Any]]) -> None:
-        _finish(plan, by_tensor, tree, records)
-
     rewrite(
         plan.engine,
-        edit,
-        finish,
+        partial(_edit, plan),
+        partial(_finish, plan),
         device=device,
         overwrite=overwrite,
         max_memory=max_memory,
@@ -277,9 +262,9 @@ def prepare(
     return read_manifest(plan.out)
 
 
-def _edit(plan: InitPlan, target: Target, stored: Tensor) -> Edit:
+def _edit(plan: InitPlan, info: TensorInfo, stored: Tensor) -> Edit:
     """Factor one weight; say how its rows change and what goes into the adapter."""
-    options = plan.options
+    options, target = plan.options, plan.by_tensor[info.name]
     dtype = compute_dtype(stored.dtype)
     weight = stored.T if target.fan_in_fan_out else stored
     scaling = plan.config.scaling(target.module, target.r)
@@ -347,7 +332,7 @@ def _matrices(factors: Factors) -> dict[str, Tensor]:
     return {"lora_A": factors.lora_A, **core, "lora_B": factors.lora_B}
 
 
-def _finish(plan: InitPlan, by_tensor: Mapping[str, Target], tree: Path, records: Mapping[str, dict[str, Any]]) -> None:
+def _finish(plan: InitPlan, tree: Path, records: Mapping[str, dict[str, Any]]) -> None:
     """Write the adapter's configuration and the manifest into the staged directory."""
     if plan.engine.write_shards:
         with Checkpoint.open(tree) as written:  # what was staged must open like any checkpoint
@@ -357,20 +342,17 @@ def _finish(plan: InitPlan, by_tensor: Mapping[str, Target], tree: Path, records
     side = plan.engine.side
     assert side is not None
     _set_fingerprint(tree / side.name, side, base_fingerprint)
-    config = AdapterConfig(**{**_fields(plan.config), "base_fingerprint": base_fingerprint})
+    config = replace(plan.config, base_fingerprint=base_fingerprint)
     (tree / ADAPTER_FOLDER / ADAPTER_CONFIG).write_text(config.to_json(), encoding="utf-8")
-    manifest = {
-        "format": 1,
-        "tool": {"name": "nlora_surgery", "version": VERSION},
-        "command": "init",
-        "run": run_id(plan.engine.identity),
-        "options": _plain_options(plan.options),
-        "source": {"name": plan.source_name, "fingerprint": plan.engine.identity["source"]},
-        "base_fingerprint": base_fingerprint,
-        "adapter": {"folder": ADAPTER_FOLDER, "parameters": plan.parameters, "size_bytes": side.size_bytes},
-        "skipped": list(plan.skipped),
-        "left_out": list(plan.left_out),
-        "modules": [
+    write_manifest(
+        tree,
+        plan.engine.identity,
+        options=_plain_options(plan.options),
+        base_fingerprint=base_fingerprint,
+        adapter={"folder": ADAPTER_FOLDER, "parameters": plan.parameters, "size_bytes": side.size_bytes},
+        skipped=list(plan.skipped),
+        left_out=list(plan.left_out),
+        modules=[
             {
                 "tensor": target.tensor,
                 "module": target.module,
@@ -381,10 +363,9 @@ def _finish(plan: InitPlan, by_tensor: Mapping[str, Target], tree: Path, records
                 **_ratios(records[tensor]["figures"], plan.options),
                 "checksums": records[tensor]["checksums"],
             }
-            for tensor, target in by_tensor.items()
+            for tensor, target in plan.by_tensor.items()
         ],
-    }
-    (tree / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    )
 
 
 def _ratios(figures: Mapping[str, Any], options: InitOptions) -> dict[str, Any]:
@@ -472,10 +453,6 @@ def _plain_options(options: InitOptions) -> dict[str, Any]:
     factor = asdict(options.factor) | {"scale_split": options.factor.split}
     plain = {name: value for name, value in asdict(options).items() if name != "factor"} | factor
     return plain | {"targets": list(options.targets), "exclude": list(options.exclude)}
-
-
-def _fields(config: AdapterConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def _factor_bytes(target: Target, source: Checkpoint, options: InitOptions) -> int:
