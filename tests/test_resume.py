@@ -1,4 +1,4 @@
-"""Killed, interrupted, out of space, started twice, started by torchrun: nothing half-written, the same bytes.
+"""Killed, interrupted, out of space, started twice, started as ranks: nothing half-written, the same bytes.
 
 The oracle is an uninterrupted run of the same command.
 """
@@ -11,33 +11,46 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nlora_surgery_cli import main
+from nlora_surgery_cli.render import ProgressBar
 from safetensors.torch import save_file
 
 from nlora_surgery.errors import OutputError, StageError
 from nlora_surgery.options import FactorOptions
 from nlora_surgery.rewrite import Progress
+from nlora_surgery.surgery.merge import merge, plan_merge
 from nlora_surgery.surgery.prepare import InitOptions, plan_init, prepare
+from tests.test_convert import trained
 from tests.test_init import same_files
+
+Surgery = Callable[..., Any]
+Uninterrupted = Callable[[str], tuple[Path, float]]
 
 SHARDS = 6
 OPTIONS = InitOptions(rank=8, factor=FactorOptions(method="sketch"), adapter_dtype="bfloat16")
 
 # A server that has imported torch forks each run: a kill costs milliseconds, not an import.
 FORKS = multiprocessing.get_context("forkserver")
+PRELOAD = [f"nlora_surgery.surgery.{name}" for name in ("prepare", "merge", "convert", "extract")]
+PRELOAD += [f"nlora_surgery_cli.{name}" for name in ("init", "merge", "convert", "extract")]
+PRELOAD += ["nlora_surgery.hub", "rich.progress", "tests.test_resume"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six shards of two layers' linears and an untouched tensor each, and one shard that is untouched."""
-    directory = tmp_path_factory.mktemp("model")
+    directory = tmp_path_factory.mktemp("inputs") / "model"
+    directory.mkdir()
     generator = torch.Generator().manual_seed(0)
 
     def random_tensor(*shape: int) -> torch.Tensor:
@@ -61,38 +74,84 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run_init(model: Path, folder: Path, overwrite: bool = False, options: InitOptions = OPTIONS) -> None:
-    """The command under test, with an output whose name is the same everywhere."""
+@pytest.fixture(scope="module")
+def commands(model: Path) -> dict[str, list[str]]:
+    """The command lines under test, with an output whose name is the same everywhere.
+
+    The model is prepared, its adapter trained, merged and brought back to the model; what the merge changed is
+    extracted.
+    """
+    folder = model.parent
+    prepared, adapter, tuned = folder / "prepared", folder / "trained", folder / "tuned"
+    prepare(plan_init(model, prepared, OPTIONS))
+    trained(prepared, adapter)
+    merge(plan_merge(prepared, [(adapter, 1.0)], tuned))
+    lines = {
+        "init": ["init", model, "-r", 8, "--method", "sketch", "--adapter-dtype", "bfloat16"],
+        "merge": ["merge", prepared, adapter],
+        "convert": ["convert", adapter, "--base", model, "--initial", prepared / "adapter", "-r", 8],
+        "extract": ["extract", model, tuned, "-r", 8],
+    }
+    return {name: [*map(str, words), "-o", "out"] for name, words in lines.items()}
+
+
+OTHERS = ["merge", "convert", "extract"]  # than init, which most tests take
+
+
+def run(line: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str]) -> None:
+    """`nlora_surgery LINE` in `folder`, all that it prints in `log`."""
     os.chdir(folder)
-    prepare(plan_init(model, Path("out"), options), overwrite=overwrite)
+    os.environ.update(environment)
+    sys.argv = ["nlora_surgery", *line]
+    with open(log, "w", encoding="utf-8") as file:
+        sys.stdout = sys.stderr = file
+        main()
 
 
-def start(model: Path, folder: Path, overwrite: bool = False) -> Any:
-    FORKS.set_forkserver_preload(["nlora_surgery.surgery.prepare", "tests.test_resume"])
-    process = FORKS.Process(target=run_init, args=(model, folder, overwrite))
+def start(line: Sequence[str], folder: Path, log: Path = Path(os.devnull), **environment: str) -> Any:
+    FORKS.set_forkserver_preload(PRELOAD)
+    process = FORKS.Process(target=run, args=(line, folder, log, environment))
     process.start()
     return process
 
 
 @pytest.fixture(scope="module")
-def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """An uninterrupted run, and how long one takes."""
-    folder = tmp_path_factory.mktemp("reference")
-    start(model, tmp_path_factory.mktemp("warm-up")).join()
-    begin = time.monotonic()
-    process = start(model, folder)
-    process.join()
-    assert process.exitcode == 0
-    return folder / "out", time.monotonic() - begin
+def uninterrupted(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    """A command's output without interruptions, made once, and how long it takes."""
+    done: dict[str, tuple[Path, float]] = {}
+
+    def get(name: str) -> tuple[Path, float]:
+        if name not in done:
+            start(commands[name], tmp_path_factory.mktemp("warm-up")).join()
+            folder, begin = tmp_path_factory.mktemp("reference"), time.monotonic()
+            process = start(commands[name], folder)
+            process.join()
+            assert process.exitcode == 0
+            done[name] = folder / "out", time.monotonic() - begin
+        return done[name]
+
+    return get
 
 
-@pytest.mark.parametrize("attempt", range(24))
-def test_killed_at_any_moment(attempt: int, model: Path, reference: tuple[Path, float], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def reference(uninterrupted: Uninterrupted) -> tuple[Path, float]:
+    """The same of init."""
+    return uninterrupted("init")
+
+
+@pytest.mark.parametrize(
+    ("command", "attempt"),
+    [*itertools.product(["init"], range(24)), *itertools.product(OTHERS, range(6))],
+)
+def test_killed_at_any_moment(
+    command: str, attempt: int, commands: dict[str, list[str]], uninterrupted: Uninterrupted, tmp_path: Path
+) -> None:
     """SIGKILL at a random moment, up to three times in a row; then the same command finishes the work."""
-    whole, duration = reference
+    line = commands[command]
+    whole, duration = uninterrupted(command)
     rng = random.Random(attempt)
     for _ in range(rng.randint(1, 3)):
-        process = start(model, tmp_path)
+        process = start(line, tmp_path)
         process.join(rng.uniform(0, 1.1 * duration))
         process.kill()
         process.join()
@@ -100,7 +159,7 @@ def test_killed_at_any_moment(attempt: int, model: Path, reference: tuple[Path, 
             same_files(whole, tmp_path / "out")
             break
     else:
-        last = start(model, tmp_path)
+        last = start(line, tmp_path)
         last.join()
         assert last.exitcode == 0
     same_files(whole, tmp_path / "out")
@@ -111,7 +170,7 @@ def test_killed_at_any_moment(attempt: int, model: Path, reference: tuple[Path, 
     )
     # A stage that outlived the commit (killed while tidying up) goes when the command is run once more.
     if (tmp_path / ".out.nlora-stage").exists():
-        again = start(model, tmp_path)
+        again = start(line, tmp_path)
         again.join()
         assert again.exitcode == 0
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -192,28 +251,45 @@ def test_another_command_does_not_mix(model: Path, tmp_path: Path, monkeypatch: 
     same_files(tmp_path / "fresh" / "out", tmp_path / "out")
 
 
-def test_two_processes_on_one_output(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["init", *OTHERS])
+def test_two_processes_on_one_output(
+    command: str,
+    commands: dict[str, list[str]],
+    uninterrupted: Uninterrupted,
+    surgery: Surgery,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The second one says who holds it, and does the first no harm."""
+    log = tmp_path_factory.mktemp("log") / "second"
+    seconds = []
+
+    def start_second(*_: object) -> None:
+        second = start(commands[command], tmp_path, log)
+        second.join()
+        seconds.append(second.exitcode)
+
+    monkeypatch.setattr(ProgressBar, "start", start_second)
     monkeypatch.chdir(tmp_path)
-
-    class SecondCommand(Progress):
-        def start(self, total_bytes: int) -> None:
-            with pytest.raises(StageError, match=f"process {os.getpid()} on .* is writing out"):
-                prepare(plan_init(model, Path("out"), OPTIONS))
-
-    prepare(plan_init(model, Path("out"), OPTIONS), progress=SecondCommand())
+    done = surgery(*commands[command])
+    assert done.code == 0, done.stderr
+    assert seconds == [9]
+    assert f"process {os.getpid()} on" in log.read_text()
+    same_files(uninterrupted(command)[0], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_killed_while_replacing_leaves_the_old_or_the_new(
-    model: Path, reference: tuple[Path, float], tmp_path: Path
+    commands: dict[str, list[str]], reference: tuple[Path, float], tmp_path: Path
 ) -> None:
     whole, duration = reference
     rng = random.Random(0)
-    run = start(model, tmp_path)
-    run.join()
+    line = commands["init"]
+    first = start(line, tmp_path)
+    first.join()
     for _ in range(6):
-        process = start(model, tmp_path, overwrite=True)
+        process = start([*line, "--overwrite"], tmp_path)
         process.join(rng.uniform(0.3, 1.1) * duration)
         process.kill()
         process.join()
@@ -222,7 +298,7 @@ def test_killed_while_replacing_leaves_the_old_or_the_new(
         else:  # between the two renames: both are still there
             assert (tmp_path / ".out.nlora-stage" / "tree").exists()
             same_files(whole, tmp_path / ".out.nlora-stage" / "replaced")
-    last = start(model, tmp_path, overwrite=True)
+    last = start([*line, "--overwrite"], tmp_path)
     last.join()
     assert last.exitcode == 0
     same_files(whole, tmp_path / "out")
@@ -265,7 +341,56 @@ def test_ctrl_c_says_that_the_stage_can_be_resumed(model: Path, tmp_path: Path) 
     assert stage.exists()
 
 
+@pytest.mark.parametrize("command", OTHERS)
+def test_ctrl_c_leaves_a_stage_that_the_same_command_finishes(
+    command: str,
+    commands: dict[str, list[str]],
+    uninterrupted: Uninterrupted,
+    surgery: Surgery,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A real SIGINT amid the tensors; convert has one file to read, so for it there is no finished shard."""
+    count = itertools.count(1)
+
+    def interrupt(*_: object) -> None:
+        if next(count) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)  # the main thread hears it, and tells this one to stop
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one thread: the shards finish in order
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressBar, "advance", interrupt)
+        done = surgery(*commands[command])
+    assert done.code == 130
+    assert "the same command goes on with it" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".out.nlora-stage"]
+    done = surgery(*commands[command])
+    assert done.code == 0, done.stderr
+    assert ("going on with an earlier run" in done.stderr) == (command != "convert")
+    same_files(uninterrupted(command)[0], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # --- ranks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_two_ranks_write_the_bytes_of_one_process(
+    command: str, commands: dict[str, list[str]], uninterrupted: Uninterrupted, tmp_path: Path
+) -> None:
+    """Two processes with the environment that torchrun would give them; they meet over gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [start(commands[command], tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    same_files(uninterrupted(command)[0], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def torchrun(count: int, folder: Path, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
