@@ -18,6 +18,8 @@ __all__ = ["entry_point", "leave", "main", "quicken"]
 # torch only when it runs, so that --help answers at once.
 COMMANDS = {
     "init": "Factor a model's weights: write the residual base and the adapter.",
+    "train": "Train the adapter on examples.",
+    "generate": "Let a model, with its adapter, answer a prompt.",
     "merge": "Merge adapters into their base.",
     "convert": "Turn LoRA into SLoRA, or a residual adapter into LoRA of the original.",
     "extract": "Find the adapter between two checkpoints.",
@@ -57,7 +59,7 @@ def cli() -> None:
 
     Results go to stdout (--json for machines), progress and warnings to stderr. Exit codes: 0 done, 2 usage,
     3 and 4 checkpoint, 5 targets, 6 not finite, 7 adapter, 8 and 9 output, 10 verification, 11 Hub, 12 a
-    missing extra, 130 interrupted.
+    missing extra, 13 training data, 14 training, 130 interrupted.
     """
 
 

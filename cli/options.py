@@ -68,3 +68,33 @@ def byte_count(_: click.Context, __: click.Parameter, value: str | None) -> int 
     if not 0 < count < 1e18:
         raise click.BadParameter(f"{value!r} is no possible size")
     return int(count)
+
+
+def locate_base_and_adapter(model: str, adapter: str | None) -> tuple[Path, Path | None]:
+    """The directories of a base and of the adapter on it, fetched if they are on the Hub.
+
+    Args:
+        model: an output of init, a run of train, an adapter, or a plain model.
+        adapter: an adapter of `model`, where it is not the one that `model` holds.
+
+    Raises:
+        AdapterError: the adapter does not say what its base is.
+    """
+    from nlora_surgery.adapter import AdapterConfig
+    from nlora_surgery.checkpoint import ADAPTER_CONFIG
+    from nlora_surgery.errors import AdapterError
+    from nlora_surgery.hub import fetch
+
+    directory = fetch(model)
+    if adapter is not None:
+        found: Path | None = locate_adapter(adapter)
+        if found is not None and (found / "adapter" / ADAPTER_CONFIG).exists():
+            found = found / "adapter"
+        return directory, found
+    found = next((path for path in (directory, directory / "adapter") if (path / ADAPTER_CONFIG).exists()), None)
+    if found is None or (directory / "config.json").exists():
+        return directory, found
+    base = AdapterConfig.read(found).base_model_name_or_path
+    if not base:
+        raise AdapterError(f"{found} does not name its base model; give the base as MODEL and this by --adapter")
+    return fetch(base), found

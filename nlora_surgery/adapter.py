@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nlora_surgery.adapter_keys import AdapterKey, parse_key
@@ -29,7 +31,7 @@ from nlora_surgery.checkpoint import (
     plan_file,
     read_json,
 )
-from nlora_surgery.errors import AdapterError, BaseMismatchError, CheckpointError
+from nlora_surgery.errors import AdapterError, BaseMismatchError, CheckpointError, OutputError
 from nlora_surgery.factor import Factors
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "plan_adapter_file",
     "task_type_of",
     "tensor_name",
+    "write_adapter",
 ]
 
 FINGERPRINT_KEY = "base_fingerprint"
@@ -130,6 +133,32 @@ def plan_adapter_file(
         for part, shape in module.parts(three_matrix=three_matrix, initial=initial).items()
     ]
     return plan_file(name, tensors, {"format": "pt", **(metadata or {})})
+
+
+def write_adapter(
+    directory: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write an adapter that is in memory; each of its two files appears whole or not at all, the weights first.
+
+    Args:
+        directory: made if it is not there.
+        config: of the adapter.
+        tensors: by their names on disk (see `tensor_name`), on any device.
+        metadata: joins `{"format": "pt"}`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    weights, text = directory / ADAPTER_WEIGHTS, directory / ADAPTER_CONFIG
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        on_host = {name: tensor.contiguous().to("cpu") for name, tensor in tensors.items()}
+        save_file(on_host, weights.with_suffix(".unfinished"), {"format": "pt", **(metadata or {})})
+        weights.with_suffix(".unfinished").replace(weights)
+        text.with_suffix(".unfinished").write_text(config.to_json(), encoding="utf-8")
+        text.with_suffix(".unfinished").replace(text)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write the adapter into {directory}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@
     │   └── StageError                   9   an unfinished run of this output is in the way
     ├── VerificationError               10   what was written is not what was promised
     ├── HubError                        11   the Hub could not be reached, or refused
-    └── MissingExtraError               12   an optional dependency is not installed
+    ├── MissingExtraError               12   an optional dependency is not installed
+    ├── DataError                       13   training data that is missing, damaged or of no known form
+    └── TrainingError                   14   training cannot go on
 
 A message says what was found, what was expected and what to do, in one sentence where one is enough.
 """
@@ -23,6 +25,7 @@ __all__ = [
     "AdapterError",
     "BaseMismatchError",
     "CheckpointError",
+    "DataError",
     "HubError",
     "MissingExtraError",
     "NonFiniteError",
@@ -31,6 +34,7 @@ __all__ = [
     "StageError",
     "SurgeryError",
     "TargetError",
+    "TrainingError",
     "UnsupportedCheckpointError",
     "VerificationError",
 ]
@@ -132,3 +136,15 @@ class MissingExtraError(SurgeryError):
     """An optional dependency is not installed."""
 
     exit_code = 12
+
+
+class DataError(SurgeryError):
+    """Training data that is missing, damaged, or of no known form."""
+
+    exit_code = 13
+
+
+class TrainingError(SurgeryError):
+    """Training cannot go on: its loss is not finite, or a run in the way is another one's."""
+
+    exit_code = 14

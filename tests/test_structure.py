@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nlora_surgery_cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "nlora_surgery"
@@ -28,9 +29,14 @@ FLOORS = [
         "surgery.verify",
         "surgery.inspect",
         "hub",
+        "training.layers",
+        "training.data",
+        "training.loading",
     },
+    {"training.trainer", "training.generate"},
+    {"peft_plugin"},
 ]
-ENTRY_POINTS = {"", "surgery", "__main__"}  # packages hold no code; __main__ starts the command line
+ENTRY_POINTS = {"", "surgery", "training", "__main__"}  # packages hold no code; __main__ starts the command line
 
 
 def modules() -> dict[str, Path]:
@@ -71,6 +77,11 @@ def test_only_hub_imports_huggingface_hub() -> None:
     assert users == {"hub"}
 
 
+def test_only_the_plugin_imports_peft() -> None:
+    users = {name for name, path in modules().items() if any(n.split(".")[0] == "peft" for n in imported_modules(path))}
+    assert users == {"peft_plugin"}
+
+
 @pytest.mark.parametrize("name", sorted(set().union(*FLOORS)))
 def test_all_is_complete_and_true(name: str) -> None:
     module = importlib.import_module(f"nlora_surgery.{name}")
@@ -92,8 +103,8 @@ def test_the_public_names_exist() -> None:
         _ = nlora_surgery.no_such_name
 
 
-@pytest.mark.parametrize("arguments", [[], ["init"], ["merge"], ["convert"], ["extract"], ["verify"], ["inspect"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_nothing_heavy(command: str) -> None:
     """`--help` must answer at once; torch alone takes over a second to import."""
     script = (
         "import sys; from nlora_surgery_cli import main\n"
@@ -103,7 +114,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "assert not heavy, heavy\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments, "--help"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, *command.split(), "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout

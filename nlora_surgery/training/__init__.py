@@ -1,0 +1,1 @@
+"""Training: the adapter as a layer, the data, the run on transformers' Trainer."""
