@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from nlora_surgery.adapter import FINGERPRINT_KEY, Adapter, AdapterConfig, check_base, write_adapter
@@ -36,6 +37,7 @@ START_FOLDER: Final = "start"  # in a run: where `train --init` puts what it sta
 _OPTIONS_FILE: Final = "train_options.json"
 _METRICS_FILE: Final = "metrics.jsonl"
 _CURVE_FILE: Final = "loss.png"
+_REPORT_FILE: Final = "train_report.json"  # written last
 _WHOLE: Final = "whole"  # an empty file in a checkpoint that was written to its end
 # What may differ between a run and its continuation without changing a number.
 _FREE_OPTIONS: Final = {"save_steps", "save_limit", "report_to"}
@@ -202,6 +204,9 @@ def train(
         fingerprint = checkpoint.fingerprint()
     identity = _identity(opened, data, eval_data, options)
     last_checkpoint = _find_run(out, identity, resume=resume, overwrite=overwrite, notice=notice)
+    if resume and (out / _REPORT_FILE).exists():
+        notice(f"{out} was finished by an earlier run of this command")
+        return TrainReport(**read_json(out / _REPORT_FILE, TrainingError))
 
     tokenizer = load_tokenizer(base)
     examples = encode(data, tokenizer, options.data)
@@ -230,28 +235,35 @@ def train(
     batch = options.batch_size * options.grad_accum * _world_size()
     if options.max_steps is None and options.epochs * len(examples) < 10 * batch:
         notice(f"fewer than 10 optimizer steps of {batch} examples; a lower --grad-accum makes more of them")
-    trainer.train(resume_from_checkpoint=str(last_checkpoint) if last_checkpoint else None)
-    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.train(resume_from_checkpoint=str(last_checkpoint) if last_checkpoint else None)
+    except KeyboardInterrupt:
+        notice("the same command with --resume goes on from the last checkpoint")
+        raise
     history = trainer.state.log_history
-    final = trainer.evaluate()["eval_loss"] if eval_examples is not None else None
-    if trainer.args.should_save:
-        write_adapter(out, config, adapter_tensors(model), {FINGERPRINT_KEY: fingerprint})
-        _draw_curve(history, out / _CURVE_FILE)
-    trainer.accelerator.wait_for_everyone()
-    evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    evals = [entry for entry in history if "eval_loss" in entry]
+    if eval_examples is not None and (not evals or evals[-1]["step"] < trainer.state.global_step):
+        trainer.evaluate()
+        evals = [entry for entry in history if "eval_loss" in entry]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    return TrainReport(
+    report = TrainReport(
         mode=mode,
         trainable=trainable,
         parameters=parameters,
         steps=trainer.state.global_step,
         train_loss=losses[-1] if losses else None,
-        start_eval_loss=evals[0] if evals else None,
-        eval_loss=final,
+        start_eval_loss=evals[0]["eval_loss"] if evals else None,
+        eval_loss=evals[-1]["eval_loss"] if evals else None,
         truncated=examples.truncated,
         dropped=examples.dropped,
         trained_tokens=examples.trained_tokens,
     )
+    if trainer.args.should_save:
+        write_adapter(out, config, adapter_tensors(model), {FINGERPRINT_KEY: fingerprint})
+        _draw_curve(history, out / _CURVE_FILE)
+        (out / _REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+    return report
 
 
 def evaluate(
@@ -354,7 +366,7 @@ def _make_run(out: Path, identity: Mapping[str, Any]) -> None:
 
 def _run_files(out: Path) -> list[Path]:
     """What a run leaves in its directory; everything else in there is not ours to delete."""
-    names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, _OPTIONS_FILE, _METRICS_FILE, _CURVE_FILE)
+    names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, _OPTIONS_FILE, _METRICS_FILE, _CURVE_FILE, _REPORT_FILE)
     return [*(out / name for name in names if (out / name).exists()), *out.glob("checkpoint-*")]
 
 
@@ -489,16 +501,22 @@ def _trainer(
         report_to=options.report_to,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,  # ours takes its place
     )
-    trainer = AdapterTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=examples,
-        eval_dataset=eval_examples,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-        callbacks=[Metrics, *([LossBar] if sys.stderr.isatty() else [])],
-    )
+    try:
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            eval_dataset=eval_examples,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            callbacks=[Metrics, *([LossBar] if sys.stderr.isatty() else [])],
+        )
+    except (RuntimeError, ValueError) as error:
+        if options.report_to == "none":
+            raise
+        raise OptionError(f"--report-to {options.report_to} cannot be had: {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 
