@@ -296,6 +296,7 @@ def randomized_svd(
     power_steps: int,
     generator: torch.Generator,
     dtype: torch.dtype,
+    coarse: Tensor | None = None,
 ) -> SVD:
     """A nearly best rank-r SVD from Gaussian sketches of both ranges.
 
@@ -311,17 +312,19 @@ def randomized_svd(
         power_steps: more of them bring a slowly falling spectrum closer to the exact SVD.
         generator: a CPU generator, so that the sketch does not depend on the device.
         dtype: to compute in.
+        coarse: the weight rounded to bfloat16, for the steps that a further one corrects (see `coarse_times`); the
+            weight itself by default.
     """
     out_features, in_features = weight.shape
+    coarse = weight if coarse is None else coarse
     width = min(r + oversampling, out_features, in_features)
     omega = torch.randn(in_features, width, generator=generator, dtype=dtype).to(weight.device)
     # Steps that a further one follows only have to point the right way: they may be coarse, see there.
-    first = coarse_times if power_steps else times
-    left_basis = torch.linalg.qr(first(weight, omega)).Q
+    left_basis = torch.linalg.qr(coarse_times(coarse, omega) if power_steps else times(weight, omega)).Q
     for step in range(power_steps):
-        right_basis = torch.linalg.qr(coarse_times(weight.T, left_basis)).Q
-        product = times if step == power_steps - 1 else coarse_times
-        left_basis = torch.linalg.qr(product(weight, right_basis)).Q
+        right_basis = torch.linalg.qr(coarse_times(coarse.T, left_basis)).Q
+        last = step == power_steps - 1
+        left_basis = torch.linalg.qr(times(weight, right_basis) if last else coarse_times(coarse, right_basis)).Q
     # `left_basis.T @ weight @ right_basis` is the transposed triangle of this last QR: no product to do.
     right_basis, triangle = torch.linalg.qr(times(weight.T, left_basis))
     U, S, Vh = torch.linalg.svd(triangle.T)

@@ -394,6 +394,25 @@ def test_extract_recovers_what_was_merged(method: str, to: str, fp32_llama: Path
         assert (again[name] - tensor).abs().max() <= 1e-5 * max(1.0, float(tensor.abs().max()))
 
 
+def test_a_sketch_of_16_bit_models_comes_close_to_the_exact_svd(tmp_path: Path) -> None:
+    """A full fine-tune's change, of falling spectrum, in bf16; the SVD's tail is the least that any rank leaves."""
+    name, generator = "model.layers.0.mlp.up_proj.weight", torch.Generator().manual_seed(0)
+    base = 0.02 * torch.randn(300, 200, generator=generator)
+    left, _ = torch.linalg.qr(torch.randn(300, 200, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(200, 200, generator=generator))
+    tuned = base + left * (0.5 / torch.arange(1, 201) ** 0.7) @ right
+    for directory, weight in (("base", base), ("tuned", tuned)):
+        write_checkpoint(tmp_path / directory, {name: weight.bfloat16()})
+    change = tuned.bfloat16().double() - base.bfloat16().double()
+    plan = plan_extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", ExtractOptions(rank=16))
+    manifest = extract(plan)
+    (made,) = deltas(tmp_path / "out").values()
+    error = float((made - change).norm() / change.norm())
+    tail = float(torch.linalg.svdvals(change)[16:].norm() / change.norm())
+    assert manifest["error"] == pytest.approx(error, rel=1e-5)
+    assert 0.1 < tail <= error <= 1.01 * tail
+
+
 def test_extract_saves_other_tensors_and_cuts_ranks(surgery: Surgery, fp32_llama: Path, tmp_path: Path) -> None:
     """A full fine-tune: a low-rank change, a changed norm; stock PEFT loads the result."""
     from peft import PeftModel

@@ -29,10 +29,10 @@ from nlora_surgery.errors import CheckpointError, NonFiniteError, OptionError, T
 from nlora_surgery.factor import (
     SVD,
     Factors,
-    delta_norm,
     is_finite,
     module_generator,
     randomized_svd,
+    row_tiles,
     split_scale,
     truncated_svd,
 )
@@ -42,6 +42,8 @@ from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
 from nlora_surgery.targets import is_conv1d, refuse_quantized, target_modules_for
 
 __all__ = ["ExtractOptions", "ExtractPlan", "extract", "plan_extract"]
+
+_OVERSAMPLING = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,13 @@ def plan_extract(
         ),
         write_shards=False,
         side=side,
-        worker_bytes=max((_module_bytes(shape, options) for shape in modules.values()), default=0),
+        worker_bytes=max(
+            (
+                _module_bytes(shape, FLOAT_DTYPES[source.tensors[name].dtype], options)
+                for name, shape in modules.items()
+            ),
+            default=0,
+        ),
         inputs=[base, tuned],
     )
     return ExtractPlan(source, result, out, options, modules, replaced, ignored, config, engine)
@@ -256,15 +264,21 @@ def _changed(source: Checkpoint, result: Checkpoint) -> list[str]:
         before, after = source.tensors[name], result.tensors[name]
         if (before.dtype, before.shape) != (after.dtype, after.shape):
             return True
-        different = source.raw(name) != result.raw(name)
+        different = not _same_bytes(source.raw(name), result.raw(name))
         source.release(name)
         result.release(name)
-        return bool(different)
+        return different
 
     with ThreadPoolExecutor(2) as pool:  # two streams: one file each
         return [
             name for name, different in zip(source.tensors, pool.map(differs, source.tensors), strict=True) if different
         ]
+
+
+def _same_bytes(left: memoryview, right: memoryview) -> bool:
+    """Whether two buffers of one length are equal; as words, since Python compares element by element."""
+    whole = len(left) - len(left) % 8
+    return left[:whole].cast("Q") == right[:whole].cast("Q") and left[whole:] == right[whole:]
 
 
 def _is_factorable(before: TensorInfo, after: TensorInfo) -> bool:
@@ -287,23 +301,31 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
         return Edit(sides={f"base_model.model.{info.name}": after})
     dtype = max((compute_dtype(stored.dtype), compute_dtype(after.dtype)), key=lambda each: each.itemsize)
     # The change is formed as a whole: both sides are rounded numbers, and their difference is exact in few dtypes.
-    change = after.to(stored.device, dtype).sub_(stored.to(dtype))
+    change, after = torch.empty(stored.shape, dtype=dtype, device=stored.device), after.to(stored.device)
+    # A change of bfloat16 weights is known no better than their rounding: that does for a sketch's first steps.
+    coarse = torch.empty_like(stored) if stored.dtype == after.dtype == torch.bfloat16 else None
+    for rows in row_tiles(change.shape, dtype.itemsize):
+        tile = change[rows].copy_(after[rows]).sub_(stored[rows])
+        if coarse is not None:
+            coarse[rows].copy_(tile)
     size = float(torch.linalg.vector_norm(change))
     if not math.isfinite(size):
         raise _not_finite(plan, info.name, stored, after)
+    plan.tuned.release(info.name)
     shape = plan.modules[info.name]
     if is_conv1d(plan.base, shape.module):
-        change = change.T
+        change, coarse = change.T, None if coarse is None else coarse.T
     if options.method == "svd":
         svd = truncated_svd(change, shape.r, dtype)
     else:
         svd = randomized_svd(
             change,
             shape.r,
-            oversampling=16,
+            oversampling=_OVERSAMPLING,
             power_steps=2,
             generator=module_generator(options.seed, shape.module),
             dtype=dtype,
+            coarse=coarse,
         )
     kept = _kept(svd.S, size, options.tolerance)
     svd = SVD(svd.U[:, :kept], svd.S[:kept], svd.Vh[:kept])
@@ -312,14 +334,16 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
     if not all(map(is_finite, factors.matrices())):
         raise NonFiniteError(info.name, f"a factor of {info.name!r} overflows {options.dtype}; use --dtype float32")
     left, right = factors.sides(1.0, dtype)
-    error = float(torch.linalg.vector_norm(change.sub_(left @ right)))
+    squares = 0.0
+    for rows in row_tiles(change.shape, dtype.itemsize):
+        squares += float(torch.linalg.vector_norm(change[rows].sub_(left[rows] @ right))) ** 2
     parts = {"lora_A": factors.lora_A, "lora_N": factors.lora_N, "lora_B": factors.lora_B}
     sides = {
         tensor_name(shape.module, part): _widened(matrix, part, shape)
         for part, matrix in parts.items()
         if matrix is not None
     }
-    figures = {"change_norm": size, "error_norm": error, "r": kept, "delta_norm": delta_norm(left, right)}
+    figures = {"change_norm": size, "error_norm": math.sqrt(squares), "r": kept}
     return Edit(sides=sides, figures=figures)
 
 
@@ -435,6 +459,9 @@ def _ranked(config: AdapterConfig, ranks: dict[str, int]) -> AdapterConfig:
     return replace(config, rank_pattern=lower, alpha_pattern=alphas)
 
 
-def _module_bytes(shape: ModuleShape, options: ExtractOptions) -> int:
-    whole = 3 * 8 * shape.out_features * shape.in_features
-    return whole + (2 * whole if options.method == "svd" else 0)
+def _module_bytes(shape: ModuleShape, stored: torch.dtype, options: ExtractOptions) -> int:
+    """About what one weight's extraction allocates: its change, and a sketch, or an SVD with LAPACK's own space."""
+    itemsize = compute_dtype(stored).itemsize
+    whole = itemsize * shape.out_features * shape.in_features
+    sides = itemsize * (shape.r + _OVERSAMPLING) * (shape.out_features + shape.in_features)
+    return 5 * whole if options.method == "svd" else whole + whole // 2 + 5 * sides
