@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format bench bench-adapters clean
 
 demo: $(VENV)/.installed
 	@sh fixtures/demo.sh $(BIN)
@@ -25,6 +25,10 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/init.py --json bench-data/init.json
+
+# Installs mergekit, to compare with, into an environment of its own in bench-data/.
+bench-adapters: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/adapters.py --json bench-data/adapters.json
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

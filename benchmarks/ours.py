@@ -8,19 +8,21 @@ The command line imports a command and torch only when they are used; here that 
 from __future__ import annotations
 
 import importlib
+import sys
 
 from benchmarks.measure import DONE, IMPORTED, stamp
 
-_IMPORTS = ("torch", "rich.progress", "nlora_surgery.surgery.prepare", "nlora_surgery.hub", "nlora_surgery.manifest")
+_IMPORTS = ("torch", "rich.progress", "nlora_surgery.hub", "nlora_surgery.manifest")
 
 
 def main() -> None:
     """Import, stamp, run the command line, stamp if it was done."""
     command_line = importlib.import_module("nlora_surgery_cli")
     command_line.quicken()
-    for name in _IMPORTS:
+    command = sys.argv[1]
+    operation = "prepare" if command == "init" else command
+    for name in (*_IMPORTS, f"nlora_surgery.surgery.{operation}", f"nlora_surgery_cli.{command}"):
         importlib.import_module(name)
-    importlib.import_module("nlora_surgery_cli.init")
     stamp(IMPORTED)
     try:
         command_line.main()

@@ -1,9 +1,10 @@
-"""A checkpoint of TinyLlama-1.1B's shapes with random weights, of any depth.
+"""A checkpoint of TinyLlama-1.1B's shapes with random weights, of any depth; and an adapter for it.
 
 Timing needs the sizes of a real model, not its knowledge. The weights are normal with the standard deviation
 of trained ones, plus a few directions of falling strength, so that the spectra are not flat.
 
     python -m benchmarks.synthetic DIR --layers 22
+    python -m benchmarks.synthetic DIR --layers 22 --lora 64
 """
 
 from __future__ import annotations
@@ -83,9 +84,7 @@ def build(directory: Path, layers: int) -> None:
         return
     from safetensors.torch import save_file
 
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    unfinished = _unfinished(directory)
     shards = _shards(layers)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
@@ -97,6 +96,48 @@ def build(directory: Path, layers: int) -> None:
     _write_json(unfinished / "model.safetensors.index.json", index)
     _write_json(unfinished / "config.json", config(layers))
     unfinished.rename(directory)
+
+
+def build_lora(directory: Path, layers: int, rank: int) -> None:
+    """Write a random fp32 LoRA of all seven projections, lora_alpha = r, as PEFT saves it.
+
+    The change that it makes is a sixth of the weights' noise, and far above what rounding them to bf16 takes.
+
+    Args:
+        directory: to be made; nothing happens where it exists.
+        layers: of the checkpoint that it is for.
+        rank: r of every projection.
+    """
+    if directory.exists():
+        return
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {}
+    targets: set[str] = set()
+    for name, shape in shapes(layers):
+        module, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if not leaf.endswith("_proj"):
+            continue
+        targets.add(leaf)
+        rows, columns = shape
+        generator = torch.Generator().manual_seed(zlib.crc32(f"lora of {name}".encode()))
+        path = f"base_model.model.{module}.{leaf}"
+        tensors[f"{path}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
+        tensors[f"{path}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * _STD
+    unfinished = _unfinished(directory)
+    save_file(tensors, unfinished / "adapter_model.safetensors", {"format": "pt"})
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank}
+    _write_json(unfinished / "adapter_config.json", {**fields, "target_modules": sorted(targets)})
+    unfinished.rename(directory)
+
+
+def _unfinished(directory: Path) -> Path:
+    """A new directory in which it is built."""
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    return unfinished
 
 
 def _shards(layers: int) -> list[list[tuple[str, tuple[int, ...]]]]:
@@ -136,12 +177,16 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def main() -> None:
-    """Build one checkpoint from the command line."""
-    parser = argparse.ArgumentParser(description="A random checkpoint of TinyLlama-1.1B's shapes.")
+    """Build one checkpoint or adapter from the command line."""
+    parser = argparse.ArgumentParser(description="A random checkpoint of TinyLlama-1.1B's shapes, or a LoRA for it.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--lora", type=int, metavar="RANK", help="the adapter, not the checkpoint")
     options = parser.parse_args()
-    build(options.directory, options.layers)
+    if options.lora is None:
+        build(options.directory, options.layers)
+    else:
+        build_lora(options.directory, options.layers, options.lora)
 
 
 if __name__ == "__main__":
