@@ -32,7 +32,7 @@ from nlora_surgery.checkpoint import (
     read_json,
 )
 from nlora_surgery.errors import AdapterError, BaseMismatchError, CheckpointError, OutputError
-from nlora_surgery.factor import Factors
+from nlora_surgery.factor import Factors, change_sides
 
 __all__ = [
     "FINGERPRINT_KEY",
@@ -425,15 +425,7 @@ class Adapter:
             dtype: to compute in, and of the results.
             weight: multiplies all of it.
         """
-        factors, initial = self.factors(module), self.initial(module)
-        scaling = weight * self.scaling(module)
-        left, right = factors.sides(scaling, dtype)
-        if initial is None:
-            return left, right
-        if all(map(torch.equal, factors.matrices(), initial.matrices())):
-            return torch.zeros_like(left), right
-        initial_left, initial_right = initial.sides(scaling, dtype)
-        return torch.cat([left, -initial_left], 1), torch.cat([right, initial_right])
+        return change_sides(self.factors(module), self.initial(module), weight * self.scaling(module), dtype)
 
     def resolve(self, base: Checkpoint, extra: Iterable[str] = ()) -> dict[str, str]:
         """The tensor of the base that each module, and each replaced tensor, stands for.

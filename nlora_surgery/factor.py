@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -28,6 +28,7 @@ from nlora_surgery.options import APPROXIMATIONS, FAMILY_NYSTROM, STARTS_AT_ZERO
 __all__ = [
     "SVD",
     "Factors",
+    "change_sides",
     "coarse_times",
     "delta_norm",
     "factorize",
@@ -67,6 +68,11 @@ class Factors:
     lora_N: Tensor | None = None
     condition: float | None = None
 
+    @classmethod
+    def of(cls, matrices: Sequence[Tensor]) -> Factors:
+        """Factors from what `matrices` gives."""
+        return cls(matrices[0], matrices[-1], matrices[1] if len(matrices) == 3 else None)
+
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors rounded to `dtype`."""
         lora_N = None if self.lora_N is None else self.lora_N.to(dtype)
@@ -87,6 +93,27 @@ class Factors:
         if self.lora_N is not None:
             left = left @ self.lora_N.to(dtype)
         return left * scaling, self.lora_A.to(dtype)
+
+
+def change_sides(
+    factors: Factors, initial: Factors | None, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What an adapter adds to a weight, as `left (out, k) @ right (k, in)`.
+
+    Args:
+        factors: as they are now; k = r.
+        initial: the frozen start of a virtual residual, which is subtracted: k = 2 r, and exactly zero where nothing
+            moved.
+        scaling: alpha / r.
+        dtype: to compute in, and of the results.
+    """
+    left, right = factors.sides(scaling, dtype)
+    if initial is None:
+        return left, right
+    if all(map(torch.equal, factors.matrices(), initial.matrices())):
+        return torch.zeros_like(left), right
+    initial_left, initial_right = initial.sides(scaling, dtype)
+    return torch.cat([left, -initial_left], 1), torch.cat([right, initial_right])
 
 
 def module_generator(seed: int, module: str) -> torch.Generator:

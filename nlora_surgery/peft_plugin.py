@@ -32,12 +32,11 @@ from nlora_surgery.errors import (
     NonFiniteError,
     OptionError,
 )
-from nlora_surgery.factor import Factors, factorize, is_finite, module_generator
+from nlora_surgery.factor import Factors, change_sides, factorize, is_finite, module_generator
 from nlora_surgery.options import METHODS, STARTS_AT_ZERO, FactorOptions
 from nlora_surgery.surgery.prepare import InitOptions
 from nlora_surgery.training.layers import (
     Matrix,
-    change_sides,
     is_conv1d,
     linear_shape,
     low_rank,
@@ -299,7 +298,9 @@ class SLoraLinear(Linear):  # type: ignore[misc]
 
     def _sides(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scaling = self.scaling[adapter_name]
-        left, right = change_sides(self.matrices(adapter_name), self.initial(adapter_name), scaling, dtype)
+        initial = self.initial(adapter_name)
+        start = Factors.of(initial) if initial else None
+        left, right = change_sides(Factors.of(self.matrices(adapter_name)), start, scaling, dtype)
         return (right.T, left.T) if self.fan_in_fan_out else (left, right)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from nlora_surgery.adapter import Adapter, tensor_name
 from nlora_surgery.devices import compute_dtype
 from nlora_surgery.errors import AdapterError, OptionError
-from nlora_surgery.factor import Factors
+from nlora_surgery.factor import Factors, change_sides
 
 __all__ = [
     "TRAIN_MODES",
@@ -27,7 +27,6 @@ __all__ = [
     "adapter_layers",
     "adapter_tensors",
     "attach",
-    "change_sides",
     "detach",
     "freeze",
     "is_conv1d",
@@ -216,7 +215,8 @@ class AdapterLinear(nn.Module):
         With a virtual residual k = 2 r: the current product beside the initial one's negative.
         """
         dtype = compute_dtype(_weight(self.base_layer).dtype)
-        return change_sides(self.matrices, self.initial, self.scaling, dtype)
+        matrices, initial = ([part.detach() for part in parts] for parts in (self.matrices, self.initial))
+        return change_sides(Factors.of(matrices), Factors.of(initial) if initial else None, self.scaling, dtype)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
@@ -227,29 +227,6 @@ class AdapterLinear(nn.Module):
             left, right = right.T, left.T
         weight.copy_(torch.addmm(weight.to(left.dtype), left, right))
         return self.base_layer
-
-
-def change_sides(
-    matrices: Sequence[Tensor], initial: Sequence[Tensor], scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """What a layer's adapter adds to its weight, as `left (out, k) @ right (k, in)`; all zero where nothing moved.
-
-    Args:
-        matrices: as in `low_rank`.
-        initial: their frozen start, which is subtracted, k = 2 r; empty without one, k = r.
-        scaling: alpha / r.
-        dtype: to compute in, and of the results.
-    """
-    left, right = _factors(matrices).sides(scaling, dtype)
-    if not initial or all(map(torch.equal, matrices, initial)):
-        return (torch.zeros_like(left) if initial else left), right
-    initial_left, initial_right = _factors(initial).sides(scaling, dtype)
-    return torch.cat([left, -initial_left], 1), torch.cat([right, initial_right])
-
-
-def _factors(matrices: Sequence[Tensor]) -> Factors:
-    detached = [matrix.detach() for matrix in matrices]
-    return Factors(detached[0], detached[-1], detached[1] if len(detached) == 3 else None)
 
 
 def _weight(layer: nn.Module) -> Tensor:
