@@ -104,6 +104,13 @@ def test_every_turn_of_a_conversation_is_trained(tmp_path: Path, tiny_llama: Pat
     assert tokenizer.decode(examples.rows[0]["input_ids"]) == whole
 
 
+def test_a_pair_by_the_chat_template_ends_as_a_turn_does(tmp_path: Path, tiny_llama: Path) -> None:
+    tokenizer = chat_tokenizer(tiny_llama, CHAT)
+    path = write(tmp_path / "d.jsonl", [{"question": "a", "answer": "b"}])
+    examples = encode(path, tokenizer, DataOptions(template="chat"))
+    assert texts(examples, tokenizer) == [("<user>a</user>\n<assistant>", "b</assistant>\n")]
+
+
 def test_of_a_template_that_forgets_only_the_last_turn_is_trained(tmp_path: Path, tiny_llama: Path) -> None:
     tokenizer = chat_tokenizer(tiny_llama, FORGETFUL)
     examples = encode(write(tmp_path / "d.jsonl", [{"messages": TALK}]), tokenizer, DataOptions())

@@ -257,6 +257,9 @@ def _pieces(row: Mapping[str, Any], where: str, options: DataOptions, tokenizer:
     prompt_field, completion_field, usual = pair
     prompt, completion = _text(row, prompt_field, where), _text(row, completion_field, where)
     template = usual if options.template == "auto" else options.template
+    if template == "chat":
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return _chat_pieces(turns, where, tokenizer)
     further = _text(row, "input", where) if template == "alpaca" and row.get("input") else ""
     if further:
         laid_out = ALPACA_WITH_INPUT.format_map({"instruction": prompt, "input": further})
@@ -333,7 +336,7 @@ def encode(source: str, tokenizer: Any, options: DataOptions) -> Examples:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for where, row in read_rows(source):
         pieces = _pieces(row, where, options, tokenizer)
-        chat = "messages" in row or options.template == "chat"
+        chat = options.template == "chat" or (options.prompt_field is None and "messages" in row)
         ids: list[int] = []
         labels: list[int] = []
         for index, piece in enumerate(pieces):
