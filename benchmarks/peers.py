@@ -70,7 +70,7 @@ def merge(model_directory: Path, adapter: Path, out: Path) -> None:
 def extract(model_directory: Path, tuned: Path, out: Path, rank: int) -> None:
     """mergekit: exact SVDs of the linear weights.
 
-    Head and embedding are excluded: they did not change, which mergekit would find out by an SVD of them.
+    Head and embedding are excluded: they did not change, and mergekit would save them whole.
 
     Args:
         model_directory: of the base.
