@@ -96,8 +96,10 @@ def sweep_cases(
             yield replace(case, name=f"{case.name}-r{rank}", title=f"{case.title}, rank {rank}", rank=rank)
     for case in [by_name["cp"], *swept]:
         for layers in sizes:
-            title, yardstick = f"{case.title}, {layers} layers", case.yardstick and f"nystrom-{layers}-layers"
-            yield replace(case, name=f"{case.name}-{layers}-layers", title=title, layers=layers, yardstick=yardstick)
+            own = {"title": f"{case.title}, {layers} layers", "layers": layers}
+            if case.yardstick is not None and layers != case.layers:
+                own["yardstick"] = f"{case.yardstick}-{layers}-layers"
+            yield replace(case, name=f"{case.name}-{layers}-layers", **own)
     for case in swept:
         for count in processes:
             title = f"{case.title}, torchrun × {count}"
