@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ __all__ = [
     "FINGERPRINT_KEY",
     "Adapter",
     "AdapterConfig",
+    "AdapterLayout",
     "ModuleShape",
     "check_base",
     "pattern_for",
@@ -87,25 +88,95 @@ class ModuleShape:
     """What fixes the shapes of one module's factors.
 
     Attributes:
-        module: its path.
+        module: its path; that of the parameter for fused experts.
         out_features, in_features: of the linear map.
         r: its rank.
+        experts: of how many matrices each factor is a stack; None for a matrix.
     """
 
     module: str
     out_features: int
     in_features: int
     r: int
+    experts: int | None = None
 
-    def parts(self, *, three_matrix: bool, initial: bool = False) -> dict[str, tuple[int, int]]:
+    def parts(self, *, three_matrix: bool, initial: bool = False) -> dict[str, tuple[int, ...]]:
         """Shape of each factor, by part; `initial` adds the frozen start of each."""
-        shapes = {"lora_A": (self.r, self.in_features)}
+        stack = () if self.experts is None else (self.experts,)
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (*stack, self.r, self.in_features)}
         if three_matrix:
-            shapes["lora_N"] = (self.r, self.r)
-        shapes["lora_B"] = (self.out_features, self.r)
+            shapes["lora_N"] = (*stack, self.r, self.r)
+        shapes["lora_B"] = (*stack, self.out_features, self.r)
         if initial:
             shapes |= {f"{part}_initial": shape for part, shape in shapes.items()}
         return shapes
+
+
+class AdapterLayout:
+    """Where the factors of each module lie in an adapter's file, and in what form.
+
+    Those of a linear map are matrices under its path. Those of fused experts are stacks of matrices under the path of
+    the parameter, if there are three. Two lie as PEFT has them for its `target_parameters`: as matrices with rank and
+    experts in one dimension, experts outermost in `lora_A (experts * r, in)` and innermost in
+    `lora_B (out, r * experts)`, under the path of the module that holds the parameter, which PEFT wraps once for each
+    of its parameters.
+
+    Attributes:
+        three_matrix: whether there is a `lora_N`.
+    """
+
+    def __init__(self, modules: Iterable[ModuleShape], *, three_matrix: bool) -> None:
+        self.three_matrix = three_matrix
+        self._shapes = {shape.module: shape for shape in modules}
+        self._paths = {module: module for module in self._shapes}
+        if not three_matrix:
+            self._paths |= self._wrapper_paths()
+
+    def _wrapper_paths(self) -> dict[str, str]:
+        holders: dict[str, list[str]] = {}
+        for module, shape in self._shapes.items():
+            if shape.experts is not None:
+                holder, _, parameter = module.rpartition(".")
+                holders.setdefault(holder, []).append(parameter)
+        paths = {}
+        for holder, parameters in holders.items():
+            # The first parameter that the class defines is wrapped first, and lies innermost.
+            ordered = sorted(parameters, key=_PARAMETER_ORDER.index) if len(parameters) > 1 else parameters
+            for inside, parameter in enumerate(reversed(ordered)):
+                paths[f"{holder}.{parameter}"] = f"{holder}{'.base_layer' * inside}"
+        return paths
+
+    def name(self, module: str, part: str) -> str:
+        """The key of a factor."""
+        return tensor_name(self._paths[module], part)
+
+    def tensors(self, module: str, *, initial: bool = False) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each of a module's factors; `initial` adds the frozen start of each."""
+        shape = self._shapes[module]
+        return [
+            (self.name(module, part), self._stored_shape(shape, part, size))
+            for part, size in shape.parts(three_matrix=self.three_matrix, initial=initial).items()
+        ]
+
+    def stored(self, module: str, factors: Factors, *, initial: bool = False) -> dict[str, Tensor]:
+        """A module's factors by name, as they are stored; `initial` names them as the frozen start."""
+        matrices = {"lora_A": factors.lora_A, "lora_N": factors.lora_N, "lora_B": factors.lora_B}
+        return {
+            self.name(module, f"{part}_initial" if initial else part): self._flat(module, part, matrix)
+            for part, matrix in matrices.items()
+            if matrix is not None
+        }
+
+    def _stored_shape(self, shape: ModuleShape, part: str, size: tuple[int, ...]) -> tuple[int, ...]:
+        if self.three_matrix or shape.experts is None:
+            return size
+        wide = shape.experts * shape.r
+        return (wide, shape.in_features) if part.startswith("lora_A") else (shape.out_features, wide)
+
+    def _flat(self, module: str, part: str, matrix: Tensor) -> Tensor:
+        if self.three_matrix or self._shapes[module].experts is None:
+            return matrix
+        return matrix.flatten(0, 1) if part == "lora_A" else matrix.permute(1, 2, 0).flatten(1)
 
 
 def plan_adapter_file(
@@ -127,11 +198,9 @@ def plan_adapter_file(
         initial: whether the initial factors are stored too.
         metadata: joins `{"format": "pt"}`.
     """
-    tensors = [
-        (tensor_name(module.module, part), dtype, shape)
-        for module in modules
-        for part, shape in module.parts(three_matrix=three_matrix, initial=initial).items()
-    ]
+    shapes = list(modules)
+    layout = AdapterLayout(shapes, three_matrix=three_matrix)
+    tensors = [(key, dtype, size) for each in shapes for key, size in layout.tensors(each.module, initial=initial)]
     return plan_file(name, tensors, {"format": "pt", **(metadata or {})})
 
 
@@ -354,53 +423,67 @@ class Adapter:
         metadata = next(iter(self.file.files.values())).metadata
         return self.config.base_fingerprint or metadata.get(FINGERPRINT_KEY)
 
+    def experts(self, module: str) -> int | None:
+        """Of how many matrices a module's factors are stacks: those of fused experts. None for any other module."""
+        if self.is_embedding(module):
+            return None
+        shape = self.file.tensors[self.parts[module]["lora_A"]].shape
+        if len(shape) == 3:
+            return shape[0]
+        if not any(f".{module}".endswith(f".{target}") for target in self.config.target_parameters):
+            return None
+        count, rest = divmod(shape[0], self._configured_rank(module))
+        return count if count > 1 and not rest else None
+
     def shape(self, module: str) -> ModuleShape:
         """Shapes of a module's factors, from its tensors; an embedding's as of a weight (vocabulary, width)."""
         a, b = (self.file.tensors[self.parts[module][part]].shape for part in self._sides(module))
         if self.is_embedding(module):
             return ModuleShape(module, a[1], b[0], a[0])
-        return ModuleShape(module, b[0], a[1], a[0])
+        experts = self.experts(module)
+        r = a[-2] if experts is None or len(a) == 3 else a[0] // experts
+        return ModuleShape(module, b[-2], a[-1], r, experts)
 
-    def check_rank(self, module: str, experts: int = 1) -> None:
+    def check_rank(self, module: str) -> None:
         """Refuse a module whose rank is another in its tensors than in the configuration.
-
-        Args:
-            module: its path.
-            experts: how many share its tensors.
 
         Raises:
             AdapterError: it is.
         """
-        r, wanted = self.shape(module).r, pattern_for(self.config.rank_pattern, module, self.config.r)
-        if wanted * experts != r:
-            times = f" times {experts} experts" if experts > 1 else ""
+        r, wanted = self.shape(module).r, self._configured_rank(module)
+        if wanted != r:
             raise AdapterError(
-                f"{self.directory}: module {module} has rank {r} in its tensors, {wanted}{times} in {ADAPTER_CONFIG}"
+                f"{self.directory}: module {module} has rank {r} in its tensors, {wanted} in {ADAPTER_CONFIG}"
             )
+
+    def _configured_rank(self, module: str) -> int:
+        return int(pattern_for(self.config.rank_pattern, module, self.config.r))
 
     def is_embedding(self, module: str) -> bool:
         """Whether a module is adapted by PEFT's `lora_embedding_A` and `lora_embedding_B`."""
         return "lora_embedding_A" in self.parts[module]
 
-    def scaling(self, module: str, experts: int = 1) -> float:
-        """The factor before a module's product: alpha / r.
-
-        Args:
-            module: its path.
-            experts: how many share its tensors; r is that of one of them.
-        """
-        r = self.shape(module).r // experts
+    def scaling(self, module: str) -> float:
+        """The factor before a module's product: alpha / r."""
+        r = self.shape(module).r
         if "alpha" in self.parts[module]:  # Kohya keeps it with the tensors
             return float(self.file.tensor(self.parts[module]["alpha"])) / r
         return self.config.scaling(module, r)
 
     def factors(self, module: str) -> Factors:
-        """The factors of a module, as views of the file, so that `scaling * B N A` fits the base's weight."""
+        """The factors of a module, as views of the file, so that `scaling * B N A` fits the base's weight.
+
+        Those of fused experts are stacks: (experts, r, in), (experts, r, r), (experts, out, r).
+        """
         a, b = (self.file.tensor(self.parts[module][part]) for part in self._sides(module))
         if self.is_embedding(module):  # delta = (B A)^T, so that of the stored (vocabulary, width) is A^T B^T
             return Factors(b.T, a.T)
         lora_N = self.parts[module].get("lora_N")
-        return Factors(a, b, None if lora_N is None else self.file.tensor(lora_N))
+        core = None if lora_N is None else self.file.tensor(lora_N)
+        experts = self.experts(module)
+        if experts is not None and a.ndim == 2:  # see AdapterLayout
+            a, b = a.view(experts, -1, a.shape[-1]), b.view(len(b), -1, experts).permute(2, 0, 1)
+        return Factors(a, b, core)
 
     def initial(self, module: str) -> Factors | None:
         """The frozen start of a virtual residual, or None if there is none."""
@@ -414,8 +497,10 @@ class Adapter:
             None if lora_N is None else self.file.tensor(lora_N),
         )
 
-    def sides(self, module: str, dtype: torch.dtype, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-        """What the adapter adds to a module's weight, as `left (out, k) @ right (k, in)`.
+    def sides(
+        self, module: str, dtype: torch.dtype, weight: float = 1.0, expert: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the adapter adds to a module's weight, as `left (out, k) @ right (k, in)`; stacks for fused experts.
 
         With a virtual residual that is the current product minus the initial one, k = 2 r, and exactly zero where
         nothing moved.
@@ -424,10 +509,20 @@ class Adapter:
             module: its path.
             dtype: to compute in, and of the results.
             weight: multiplies all of it.
+            expert: only this one of the fused experts.
         """
-        return change_sides(self.factors(module), self.initial(module), weight * self.scaling(module), dtype)
+        factors, initial = self.factors(module), self.initial(module)
+        if expert is not None:
+            factors, initial = factors.expert(expert), None if initial is None else initial.expert(expert)
+        return change_sides(factors, initial, weight * self.scaling(module), dtype)
 
-    def resolve(self, base: Checkpoint, extra: Iterable[str] = ()) -> dict[str, str]:
+    def resolve(
+        self,
+        base: Checkpoint,
+        extra: Iterable[str] = (),
+        aliases: Mapping[str, str] | None = None,
+        but: Container[str] = (),
+    ) -> dict[str, str]:
         """The tensor of the base that each module, and each replaced tensor, stands for.
 
         Exact names come first; then, where prefixes differ (`model.layers…` and `layers…`), the only tensor
@@ -436,6 +531,8 @@ class Adapter:
         Args:
             base: the model.
             extra: names of tensors that it will have besides.
+            aliases: other names of its tensors, see `targets.tensor_aliases`.
+            but: modules to leave out.
 
         Returns:
             Name in `base` by module path and by name in `replaced`.
@@ -443,16 +540,19 @@ class Adapter:
         Raises:
             AdapterError: some match nothing, which names them and what is close; or two match one tensor.
         """
-        tensors = dict.fromkeys([*base.tensors, *extra])
+        known = {name: name for name in [*base.tensors, *extra]} | dict(aliases or {})
+        tensors = dict.fromkeys(known)
         flat = {re.sub(r"\W", "_", name.removesuffix(".weight")): name for name in tensors}
         found: dict[str, str] = {}
         missing: list[str] = []
         for wanted in [*self.parts, *self.replaced]:
+            if wanted in but:
+                continue
             name = _find_tensor(wanted, tensors, flat)
             if name is None:
                 missing.append(wanted)
             else:
-                found[wanted] = name
+                found[wanted] = known[name]
         if missing:
             close = difflib.get_close_matches(missing[0], [name.removesuffix(".weight") for name in tensors], 3, 0.5)
             hint = f"; the closest to the first are {', '.join(close)}" if close else ""
@@ -491,13 +591,15 @@ class Adapter:
             if part not in shapes:
                 why = " (use_dora)" if part == "magnitude" else ""
                 raise AdapterError(f"{self.directory}: module {module} lacks its {part}{why}; the adapter is not whole")
-        if len(shapes[a]) != 2 or len(shapes[b]) != 2 or shapes[a][0] != shapes[b][1] or not shapes[a][0]:
+        one, other = shapes[a], shapes[b]
+        alike = len(one) == len(other) in {2, 3} and one[:-2] == other[:-2] and one[-2] == other[-1]
+        if not alike or not one[-2]:
             raise AdapterError(
-                f"{self.directory}: module {module} has {a} {list(shapes[a])} and {b} {list(shapes[b])}; expected "
-                "(r, in) and (out, r)"
+                f"{self.directory}: module {module} has {a} {list(one)} and {b} {list(other)}; expected "
+                "(r, in) and (out, r), or stacks of such"
             )
-        r = self.shape(module).r
-        if shapes.get("lora_N", (r, r)) != (r, r):
+        r, core = self.shape(module).r, (*one[:-2], one[-2], one[-2])
+        if shapes.get("lora_N", core) != core:
             raise AdapterError(f"{self.directory}: module {module} has lora_N {list(shapes['lora_N'])} at rank {r}")
         for part, shape in shapes.items():
             current = shapes.get(part.removesuffix("_initial"))
@@ -510,8 +612,7 @@ class Adapter:
             raise AdapterError(
                 f"{self.directory}: module {module} has alpha {list(shapes['alpha'])}; expected a number"
             )
-        if not any(f".{module}".endswith(f".{target}") for target in self.config.target_parameters):
-            self.check_rank(module)  # that of fused experts is r times their number, which only the base tells
+        self.check_rank(module)
 
 
 def _kohya_file(path: Path) -> Path | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -28,6 +28,7 @@ from nlora_surgery.options import APPROXIMATIONS, FAMILY_NYSTROM, STARTS_AT_ZERO
 __all__ = [
     "SVD",
     "Factors",
+    "adding_product",
     "change_sides",
     "coarse_times",
     "delta_norm",
@@ -54,7 +55,7 @@ TILE_BYTES: Final = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The matrices of one module's adapter.
+    """The matrices of one module's adapter, or for fused experts stacks of them, (experts, …) each.
 
     Attributes:
         lora_A: (r, in).
@@ -72,6 +73,23 @@ class Factors:
     def of(cls, matrices: Sequence[Tensor]) -> Factors:
         """Factors from what `matrices` gives."""
         return cls(matrices[0], matrices[-1], matrices[1] if len(matrices) == 3 else None)
+
+    @classmethod
+    def stack(cls, experts: Sequence[Factors]) -> Factors:
+        """One for each expert, as stacks; the condition is the worst."""
+        cores = [each.lora_N for each in experts if each.lora_N is not None]
+        conditions = [each.condition for each in experts if each.condition is not None]
+        return cls(
+            torch.stack([each.lora_A for each in experts]),
+            torch.stack([each.lora_B for each in experts]),
+            torch.stack(cores) if cores else None,
+            max(conditions) if conditions else None,
+        )
+
+    def expert(self, index: int) -> Factors:
+        """Those of one expert, out of stacks."""
+        lora_N = None if self.lora_N is None else self.lora_N[index]
+        return Factors(self.lora_A[index], self.lora_B[index], lora_N, self.condition)
 
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors rounded to `dtype`."""
@@ -113,7 +131,33 @@ def change_sides(
     if all(map(torch.equal, factors.matrices(), initial.matrices())):
         return torch.zeros_like(left), right
     initial_left, initial_right = initial.sides(scaling, dtype)
-    return torch.cat([left, -initial_left], 1), torch.cat([right, initial_right])
+    return torch.cat([left, -initial_left], -1), torch.cat([right, initial_right], -2)
+
+
+def adding_product(left: Tensor, right: Tensor, sign: int = 1) -> Callable[[slice, Tensor], None]:
+    """A function that adds `sign * left @ right` to rows of a matrix, in place.
+
+    Args:
+        left: (out, k), or a stack (experts, out, k); then the rows of all experts count as one another's continuation.
+        right: (k, in), or (experts, k, in).
+        sign: 1 or -1.
+
+    Returns:
+        Takes the rows' range and the rows.
+    """
+    if left.ndim == 2:
+        left, right = left[None], right[None]
+    height = left.shape[1]
+
+    def add(rows: slice, tile: Tensor) -> None:
+        start = rows.start
+        while start < rows.stop:
+            expert, first = divmod(start, height)
+            count = min(height - first, rows.stop - start)
+            tile[start - rows.start :][:count].addmm_(left[expert, first : first + count], right[expert], alpha=sign)
+            start += count
+
+    return add
 
 
 def module_generator(seed: int, module: str) -> torch.Generator:
@@ -187,12 +231,12 @@ def coarse_times(weight: Tensor, right: Tensor) -> Tensor:
 
 
 def delta_norm(left: Tensor, right: Tensor) -> float:
-    """Frobenius norm of `left (out, r) @ right (r, in)` from the two Gram matrices.
+    """Frobenius norm of `left (out, r) @ right (r, in)`, or of all of a stack, from the two Gram matrices.
 
     These are taken in the factors' dtype: a product much smaller than `sqrt(eps) * ‖left‖ * ‖right‖` is lost.
     """
-    left_gram = (left.T @ left).to("cpu", torch.float64)
-    right_gram = (right @ right.T).to("cpu", torch.float64)
+    left_gram = (left.mT @ left).to("cpu", torch.float64)
+    right_gram = (right @ right.mT).to("cpu", torch.float64)
     square = float((left_gram * right_gram).sum())
     return math.sqrt(square) if not square < 0 else 0.0  # below zero by rounding; NaN stays what it is
 

@@ -7,7 +7,7 @@ from sizes: it is (out, in), except in the model families that are known to stor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,20 @@ from nlora_surgery.checkpoint import Checkpoint, TensorInfo
 from nlora_surgery.errors import TargetError, UnsupportedCheckpointError
 
 __all__ = [
+    "ExpertPiece",
     "Target",
+    "TargetGroup",
     "choose_targets",
+    "expert_pieces",
     "experts_lie_in_out",
+    "group_targets",
     "is_conv1d",
     "module_kind",
+    "module_path",
     "refuse_quantized",
     "target_modules_for",
+    "target_parameters_for",
+    "tensor_aliases",
 ]
 
 # Families whose linears are transformers' Conv1D, which stores (in, out). GPT-BigCode uses the same module
@@ -29,21 +36,67 @@ __all__ = [
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
-# Families whose experts are fused into (experts, in, out) tensors, and into (experts, out, in) ones.
-_EXPERTS_IN_OUT = {"gpt_oss", "llama4", "llama4_text"}
-_EXPERTS_OUT_IN = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"}
+# How PEFT takes fused experts: as (experts, in, out) where the class of transformers says `is_transposed`, else as
+# (experts, out, in). Llama 4 lies as (experts, in, out) too, but its class does not say so; then PEFT's lora_A belongs
+# to the last dimension there as well, and so does ours.
+_EXPERTS_IN_OUT = {"gpt_oss", "openai_privacy_filter", "aria_text"}
+_EXPERTS_OUT_IN = {
+    "llama4", "llama4_text",
+    "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "gemma4", "gemma4_text",
+    "glm4_moe", "glm4v_moe", "glm4v_moe_text", "hunyuan_v1_moe", "jamba", "lfm2_moe", "minimax", "minimax_m2",
+    "mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe",
+    "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "solar_open",
+}  # fmt: skip
+
+# The parameters that transformers fuses, and what they are made of in checkpoints that keep every expert by itself:
+# stacked over the experts, and where there are two, side by side along the outputs.
+_FUSED_FROM = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+
+# Families whose classes in transformers 5 name their modules otherwise than the checkpoint does: what to replace in the
+# path of a tensor for the path of its module. PEFT renames some of these itself, some not.
+_VIT = (
+    (r"(^|\.)encoder\.layer\.", r"\1layers."),
+    (r"\.attention\.attention\.query\.", ".attention.q_proj."),
+    (r"\.attention\.attention\.key\.", ".attention.k_proj."),
+    (r"\.attention\.attention\.value\.", ".attention.v_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
+_QWEN_VL = ((r"^visual\.", "model.visual."), (r"^model\.(?!language_model\.|visual\.)", "model.language_model."))
+_LLAVA = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+)
+_MODULE_NAMES: Mapping[str, Sequence[tuple[str, str]]] = {
+    **dict.fromkeys(("vit", "deit", "vit_msn"), _VIT),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL),
+    **dict.fromkeys(("llava", "gemma3", "mistral3", "paligemma", "vipllava"), _LLAVA),
+    "gpt_neox": ((r"^embed_out\.", "lm_head."),),
+}
+# The same for experts: their adapters keep the names on disk, which PEFT knows and fuses; what PEFT saves has these.
+_EXPERT_NAMES: Mapping[str, Sequence[tuple[str, str]]] = {"mixtral": ((r"\.block_sparse_moe\.", ".mlp."),)}
 
 # One component of a module path each.
 _EMBEDDING = re.compile(r".*embed(?!_out).*|wte|wpe|shared|relative_attention_bias|.*position_bias.*")
-_HEAD = re.compile(r"lm_head|embed_out|output_projection|score|classifier|qa_outputs|cls|predictions|.*_head")
+_HEAD = re.compile(r"lm_head|embed_out|output_projection|proj_out|score|classifier|qa_outputs|cls|predictions|.*_head")
 _ROUTER = re.compile(r"router|gate|shared_expert_gate|wg")
+_EXPERTS = re.compile(r"(\w+_)?experts")
+_EXTRA_BLOCKS = re.compile(r"mtp|mtp_.*|nextn.*")  # multi-token prediction: transformers builds no such layers
 _NORM = re.compile(r".*norm.*|ln_?\d*(_f|_\d)?")
 
-# Tensors that accompany a quantized weight.
-_QUANTIZED_SUFFIXES = (
-    ".weight_scale", ".weight_scale_inv", ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map",
-    ".weight_packed", "_blocks",
-)  # fmt: skip
+_FUSED = {"gate_up_proj", "gate_proj", "up_proj", "down_proj"}  # what fused experts are called
+
+# Tensors that accompany a quantized weight, and whose they are.
+_QUANTIZED_SUFFIXES = {
+    ".SCB": "bitsandbytes, 8 bits", ".absmax": "bitsandbytes, 4 bits", ".quant_map": "bitsandbytes, 4 bits",
+    ".weight_packed": "compressed-tensors", ".weight_scale": "codes and scales", ".weight_scale_inv": "FP8 and scales",
+    ".g_idx": "GPTQ", ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", "_blocks": "MXFP4",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +109,7 @@ class Target:
         out_features, in_features: of the linear map, whatever the orientation on disk.
         fan_in_fan_out: whether the tensor lies on disk as (in, out).
         r: its rank.
+        experts: how many matrices a tensor of three dimensions is; each has factors of its own. None for a matrix.
     """
 
     tensor: str
@@ -64,6 +118,12 @@ class Target:
     in_features: int
     fan_in_fan_out: bool
     r: int
+    experts: int | None = None
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the tensor has."""
+        return (self.experts or 1) * self.out_features * self.in_features
 
 
 def module_kind(module: str) -> str:
@@ -84,19 +144,24 @@ def refuse_quantized(checkpoint: Checkpoint, what: str = "factored") -> None:
         UnsupportedCheckpointError: config.json has a quantization_config, or a tensor is such a companion.
     """
     for config in (checkpoint.config, checkpoint.config.get("text_config")):
-        quantization = config.get("quantization_config") if isinstance(config, dict) else None
-        if quantization:
-            method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else "unnamed"
-            raise UnsupportedCheckpointError(
-                f"{checkpoint.directory} is quantized ({method}): its weights cannot be {what} as they lie; "
-                "use the checkpoint that it was quantized from"
-            )
-    for name in checkpoint.tensors:
-        if name.endswith(_QUANTIZED_SUFFIXES):
-            raise UnsupportedCheckpointError(
-                f"{checkpoint.directory} is quantized (it holds {name!r}): its weights cannot be {what} as they "
-                "lie; use the checkpoint that it was quantized from"
-            )
+        for entry in ("quantization_config", "compression_config"):
+            quantization = config.get(entry) if isinstance(config, dict) else None
+            if quantization:
+                method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else "unnamed"
+                raise _quantized(checkpoint, str(method), what)
+    for info in checkpoint:
+        suffix = next((suffix for suffix in _QUANTIZED_SUFFIXES if info.name.endswith(suffix)), None)
+        if suffix is not None:
+            raise _quantized(checkpoint, f"{_QUANTIZED_SUFFIXES[suffix]}: it holds {info.name!r}", what)
+        if info.dtype.startswith(("F8_", "F6_", "F4")) and len(info.shape) > 1:
+            raise _quantized(checkpoint, f"{info.name!r} is stored as {info.dtype}", what)
+
+
+def _quantized(checkpoint: Checkpoint, how: str, what: str) -> UnsupportedCheckpointError:
+    return UnsupportedCheckpointError(
+        f"{checkpoint.directory} is quantized ({how}): its weights cannot be {what} as they lie; "
+        "use the checkpoint that it was quantized from"
+    )
 
 
 def choose_targets(
@@ -107,9 +172,10 @@ def choose_targets(
     Args:
         checkpoint: a model.
         r: the rank asked for; a module that is smaller gets min(out, in).
-        patterns: module names (`q_proj`, `self_attn.q_proj`: whole path components from the end), regular
-            expressions for the whole module path, or `all-linear` (every linear but embeddings and head).
-            Empty means every linear weight inside the numbered blocks but routers.
+        patterns: module names (`q_proj`, `self_attn.q_proj`: whole path components from the end, or if there are
+            none such, anywhere: `vision_tower`, `experts`), regular expressions for the whole module path, or
+            `all-linear` (every linear but embeddings, routers and head). Empty means every linear weight inside the
+            numbered blocks but routers, fused experts included.
         exclude: names or regular expressions likewise, taken away again.
 
     Raises:
@@ -117,9 +183,14 @@ def choose_targets(
             is left.
     """
     linears = [info for info in checkpoint if _is_linear(info)]
-    modules = {info.name: info.name.removesuffix(".weight") for info in linears}
+    modules = {info.name: module_path(checkpoint, info.name) for info in linears}
     if not patterns:
-        chosen = {name for name, module in modules.items() if _in_block(module) and not _special(module)}
+        beyond = _layers_beyond(checkpoint)
+        chosen = {
+            name
+            for name, module in modules.items()
+            if _in_block(module) and not _special(module) and not beyond(module)
+        }
         if not chosen:
             raise TargetError(
                 f"{checkpoint.directory} has no linear weight inside numbered blocks; name targets with --targets"
@@ -143,55 +214,215 @@ def choose_targets(
     if not chosen:
         raise TargetError("--exclude takes away every target; nothing is left to adapt")
 
-    targets = []
-    for info in linears:
-        if info.name not in chosen:
-            continue
-        module = modules[info.name]
-        transposed = is_conv1d(checkpoint, module)
-        out_features, in_features = reversed(info.shape) if transposed else info.shape
-        rank = min(r, out_features, in_features)
-        targets.append(Target(info.name, module, out_features, in_features, transposed, rank))
-    return targets
+    return [_target(checkpoint, info, modules[info.name], r) for info in linears if info.name in chosen]
+
+
+def _target(checkpoint: Checkpoint, info: TensorInfo, module: str, r: int) -> Target:
+    experts = info.shape[0] if len(info.shape) == 3 else None
+    transposed = is_conv1d(checkpoint, module)
+    if experts is not None:
+        known = experts_lie_in_out(checkpoint)
+        if known is None:
+            raise TargetError(
+                f"the experts of {info.name} are fused, and whether model_type {checkpoint.config.get('model_type')!r} "
+                "stores them as (experts, out, in) or (experts, in, out) is not known; it will not be guessed: leave "
+                "them out with --exclude experts"
+            )
+        transposed = known
+    out_features, in_features = info.shape[:-3:-1] if transposed else info.shape[-2:]
+    return Target(info.name, module, out_features, in_features, transposed, min(r, out_features, in_features), experts)
+
+
+def module_path(checkpoint: Checkpoint, tensor: str) -> str:
+    """The path of a tensor's module in the class that transformers builds, which is what adapters name.
+
+    Mostly the tensor's own name; a few families are stored under older names.
+    """
+    return _renamed(tensor, _MODULE_NAMES.get(str(checkpoint.config.get("model_type")), ())).removesuffix(".weight")
+
+
+def tensor_aliases(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensors whose names in transformers' classes are others than on disk: name on disk by that name."""
+    family = str(checkpoint.config.get("model_type"))
+    rules = (*_MODULE_NAMES.get(family, ()), *_EXPERT_NAMES.get(family, ()))
+    renamed = {_renamed(name, rules): name for name in checkpoint.tensors} if rules else {}
+    return {alias: name for alias, name in renamed.items() if alias not in checkpoint.tensors}
+
+
+def _renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    for expression, replacement in rules:
+        name = re.sub(expression, replacement, name)
+    return name
 
 
 def is_conv1d(checkpoint: Checkpoint, module: str) -> bool:
     """Whether a linear's weight lies on disk as (in, out): transformers' Conv1D, in the families that use it."""
-    family = str(checkpoint.config.get("model_type")) in _CONV1D_FAMILIES
-    return family and module.rpartition(".")[2] in _CONV1D_MODULES
+    return bool(_families(checkpoint) & _CONV1D_FAMILIES) and module.rpartition(".")[2] in _CONV1D_MODULES
 
 
 def experts_lie_in_out(checkpoint: Checkpoint) -> bool | None:
-    """Whether fused experts lie on disk as (experts, in, out) rather than (experts, out, in); None if unknown."""
-    texts = (checkpoint.config, checkpoint.config.get("text_config") or {})
-    families = {str(config.get("model_type")) for config in texts if isinstance(config, dict)}
+    """Whether PEFT takes fused experts as (experts, in, out) rather than (experts, out, in); None if unknown."""
+    families = _families(checkpoint)
     if families & _EXPERTS_IN_OUT:
         return True
     return False if families & _EXPERTS_OUT_IN else None
 
 
+def _families(checkpoint: Checkpoint) -> set[str]:
+    """The model_type of the whole, and of the parts that may hold the layers."""
+    parts = [checkpoint.config, *(checkpoint.config.get(part) for part in ("text_config", "decoder"))]
+    return {str(config.get("model_type")) for config in parts if isinstance(config, dict)}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPiece:
+    """Where one expert's share of a fused parameter lies in a checkpoint that keeps every expert by itself.
+
+    Attributes:
+        tensor: its name on disk.
+        expert: its number.
+        part, parts: it is the `part`-th of so many equal shares of the fused outputs (gate and up).
+    """
+
+    tensor: str
+    expert: int
+    part: int
+    parts: int
+
+
+def expert_pieces(checkpoint: Checkpoint, parameter: str) -> list[ExpertPiece]:
+    """The tensors that transformers fuses into a parameter as it loads a checkpoint of per-expert matrices.
+
+    Args:
+        checkpoint: the model.
+        parameter: `model.layers.0.mlp.experts.gate_up_proj`. The block around the experts may have another name on
+            disk (`block_sparse_moe`).
+
+    Returns:
+        One for each expert and part; empty if the checkpoint has no such tensors, or not all of one kind.
+    """
+    path = parameter.split(".")
+    if len(path) < 3 or path[-2] != "experts" or path[-1] not in _FUSED_FROM:
+        return []
+    layer = "".join(f"{part}." for part in path[:-3])
+    inside = [name for name in checkpoint.tensors if name.startswith(layer)]
+    for parts in _FUSED_FROM[path[-1]]:
+        expression = re.compile(rf"\w+\.experts\.(\d+)\.({'|'.join(parts)})\.weight")
+        found = [(name, match) for name in inside if (match := expression.fullmatch(name, len(layer)))]
+        pieces = [ExpertPiece(name, int(match[1]), parts.index(match[2]), len(parts)) for name, match in found]
+        if pieces and len(pieces) == len(parts) * (1 + max(piece.expert for piece in pieces)):
+            return pieces
+    return []
+
+
+def target_parameters_for(parameters: Sequence[str], checkpoint: Checkpoint) -> list[str]:
+    """The shortest PEFT `target_parameters` list that selects these fused experts and no others.
+
+    PEFT adapts a parameter whose path is an entry or ends in `.entry`.
+    """
+    chosen = set(parameters)
+    short = {".".join(parameter.rsplit(".", 2)[-2:]) for parameter in chosen}
+    selected = {name for name in checkpoint.tensors if name.endswith(tuple(f".{entry}" for entry in short))}
+    return sorted(short if selected == chosen else chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetGroup:
+    """Targets that differ in nothing but numbers in their paths.
+
+    Attributes:
+        path: theirs, with the numbers they have: `model.layers.{0…31}.mlp.down_proj`.
+        target: one of them.
+        count: how many there are.
+    """
+
+    path: str
+    target: Target
+    count: int
+
+
+def group_targets(targets: Iterable[Target]) -> list[TargetGroup]:
+    """Targets grouped over layers and experts by their names on disk, in the order of their first ones."""
+    groups: dict[tuple[str, int, int, int, int | None], list[Target]] = {}
+    for target in targets:
+        path = re.sub(r"(?<![^.])\d+(?![^.])", "{}", target.tensor.removesuffix(".weight"))
+        key = path, target.out_features, target.in_features, target.r, target.experts
+        groups.setdefault(key, []).append(target)
+    found = []
+    for (path, *_), members in groups.items():
+        numbers = [[int(part) for part in member.tensor.split(".") if part.isdigit()] for member in members]
+        spans = [_span(sorted(set(column))) for column in zip(*numbers, strict=True)]
+        found.append(TargetGroup(path.format(*spans), members[0], len(members)))
+    return found
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """`7`, `{0…31}`, `{0…3,5}`."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}…{run[-1]}" for run in runs) + "}"
+
+
 def target_modules_for(modules: Sequence[str], checkpoint: Checkpoint) -> list[str]:
     """The shortest PEFT `target_modules` list that selects these modules and no others.
 
-    PEFT adapts a module whose path is an entry or ends in `.entry`. Last components do if no other module of
-    the checkpoint ends so; otherwise whole paths.
+    PEFT adapts a module whose path is an entry or ends in `.entry`. So for each module that is the shortest end of
+    its path with which no other module of the checkpoint ends.
     """
     chosen = set(modules)
-    everything = {name.rpartition(".")[0] for name in checkpoint.tensors}
-    leaves = {module.rpartition(".")[2] for module in chosen}
-    selected = {module for module in everything if module.rpartition(".")[2] in leaves}
-    return sorted(leaves if selected == chosen else chosen)
+    others = {module_path(checkpoint, name).removesuffix(".bias") for name in checkpoint.tensors} - chosen
+    taken = {end for module in others for end in _ends(module)}
+    return sorted({next((end for end in _ends(module) if end not in taken), module) for module in chosen})
+
+
+def _ends(path: str) -> Iterator[str]:
+    """`q_proj`, `self_attn.q_proj`, … up to the whole path."""
+    position = len(path)
+    while position > 0:
+        position = path.rfind(".", 0, position)
+        yield path[position + 1 :]
 
 
 def _is_linear(info: TensorInfo) -> bool:
-    if len(info.shape) != 2 or not all(info.shape) or info.torch_dtype is None or not info.name.endswith(".weight"):
+    """Whether a tensor is the weight of a linear map, or a stack of experts' weights."""
+    if not all(info.shape) or info.torch_dtype is None:
         return False
     parts = info.name.removesuffix(".weight").split(".")
+    if len(info.shape) == 3:
+        return parts[-1] in _FUSED and any(_EXPERTS.fullmatch(part) for part in parts[:-1])
+    if len(info.shape) != 2 or not info.name.endswith(".weight"):
+        return False
     return not any(_EMBEDDING.fullmatch(part) for part in parts) and not _NORM.fullmatch(parts[-1])
 
 
 def _in_block(module: str) -> bool:
     return any(part.isdigit() for part in module.split(".")[:-1])
+
+
+def _layers_beyond(checkpoint: Checkpoint) -> Callable[[str], bool]:
+    """Whether a module lies in layers that transformers does not build: for multi-token prediction.
+
+    They have a name of their own, or go on counting where the model's layers end.
+    """
+    configs = [
+        config for config in (checkpoint.config, checkpoint.config.get("text_config")) if isinstance(config, dict)
+    ]
+    ends = [config.get("num_hidden_layers") for config in configs if config.get("num_nextn_predict_layers")]
+    end = next((end for end in ends if isinstance(end, int)), None)
+
+    def beyond(module: str) -> bool:
+        if any(_EXTRA_BLOCKS.fullmatch(part) for part in module.split(".")):
+            return True
+        layer = re.match(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.", module)
+        return end is not None and layer is not None and int(layer[1]) >= end
+
+    return beyond
 
 
 def _special(module: str) -> bool:
@@ -201,14 +432,17 @@ def _special(module: str) -> bool:
 
 
 def _matching(pattern: str, modules: Mapping[str, str]) -> set[str]:
-    by_name = {name for name, module in modules.items() if module == pattern or module.endswith(f".{pattern}")}
+    """Names of the tensors that a pattern means, by the paths of their modules or by their own names on disk."""
+    paths = [(name, path) for name, module in modules.items() for path in {module, name.removesuffix(".weight")}]
+    by_name = {name for name, path in paths if f".{path}".endswith(f".{pattern}")}
+    by_name = by_name or {name for name, path in paths if f".{pattern}." in f".{path}."}
     if by_name or re.fullmatch(r"[\w.-]+", pattern):
         return by_name
     try:
         expression = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise TargetError(f"{pattern!r} is neither a module name nor a regular expression: {error}") from error
-    return {name for name, module in modules.items() if expression.fullmatch(module)}
+    return {name for name, path in paths if expression.fullmatch(path)}
 
 
 def _could_match(modules: Iterable[str]) -> str:

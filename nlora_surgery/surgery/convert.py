@@ -12,7 +12,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from nlora_surgery.adapter import FINGERPRINT_KEY, Adapter, AdapterConfig, ModuleShape, check_base, tensor_name
+from nlora_surgery.adapter import (
+    FINGERPRINT_KEY,
+    Adapter,
+    AdapterConfig,
+    AdapterLayout,
+    ModuleShape,
+    check_base,
+)
 from nlora_surgery.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -28,6 +35,7 @@ from nlora_surgery.factor import SVD, Factors, delta_norm, is_finite, product_sv
 from nlora_surgery.manifest import identify, write_manifest
 from nlora_surgery.options import SCALE_SPLITS, ScaleSplit
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
+from nlora_surgery.targets import expert_pieces, module_path, tensor_aliases
 
 __all__ = ["VLLM_RANKS", "ConvertOptions", "ConvertPlan", "convert", "plan_convert"]
 
@@ -111,6 +119,11 @@ class ConvertPlan:
         """The modules by the names of their lora_A, from which their edits start."""
         return {self.adapter.parts[each.source]["lora_A"]: each for each in self.modules}
 
+    @cached_property
+    def layout(self) -> AdapterLayout:
+        """Where the factors lie in the result's file."""
+        return _layout(self.adapter, self.modules, self.options)
+
     @property
     def max_lora_rank(self) -> int:
         """What vLLM must be started with to load the result."""
@@ -149,7 +162,10 @@ def plan_convert(
     subtract = _check_belongs(source, start, original)
     _check_expressible(source, options, subtract=subtract)
 
-    names = source.resolve(original) if original is not None else {}
+    names: dict[str, str] = {}
+    if original is not None:
+        fused = {module for module in source.parts if expert_pieces(original, module)}
+        names = source.resolve(original, aliases=tensor_aliases(original), but=fused)
     flat = any("." not in module for module in source.parts)
     if flat and original is None:
         raise OptionError(
@@ -159,7 +175,7 @@ def plan_convert(
     modules = []
     for module in source.parts:
         if _is_linear(source, module):
-            target = names[module].removesuffix(".weight") if flat else module
+            target = module_path(original, names[module]) if flat and original is not None else module
             modules.append(_plan_module(source, start, module, target, options, subtract=subtract))
     if options.rank is not None and modules and options.rank > max(each.r for each in modules):
         raise OptionError(
@@ -292,14 +308,23 @@ def _check_expressible(source: Adapter, options: ConvertOptions, *, subtract: bo
         "a DoRA magnitude": [m for m, parts in source.parts.items() if "magnitude" in parts],
         "a trained bias": [m for m, parts in source.parts.items() if "lora_bias" in parts],
         "an embedding": [m for m in source.parts if source.is_embedding(m)],
-        "fused experts": list(source.parts) if source.config.target_parameters else [],
+        "fused experts": [m for m in source.parts if source.experts(m) is not None],
+        "a parameter of its own (target_parameters)": [
+            m
+            for m in source.parts
+            if source.experts(m) is None and not _is_linear(source, m) and not source.is_embedding(m)
+        ],
         "a replaced tensor (modules_to_save)": list(source.replaced),
     }
     wanted = "vLLM" if options.vllm else options.to
     reworked = options.to == "slora" or options.vllm
     for what, modules in special.items():
-        bends = what in {"a DoRA magnitude", "fused experts"} and (subtract or options.rank is not None)
-        if modules and (reworked or bends):
+        if what == "fused experts":
+            refused = options.vllm
+        else:
+            bent = what in {"a DoRA magnitude", "a parameter of its own (target_parameters)"}
+            refused = reworked or (bent and (subtract or options.rank is not None))
+        if modules and refused:
             raise AdapterError(
                 f"{source.directory} has {what} ({modules[0]}), which {wanted} cannot express in this conversion; "
                 "merge it into its base instead: nlora_surgery merge BASE ADAPTER -o OUT"
@@ -307,7 +332,11 @@ def _check_expressible(source: Adapter, options: ConvertOptions, *, subtract: bo
 
 
 def _is_linear(source: Adapter, module: str) -> bool:
-    return not source.is_embedding(module) and not source.config.target_parameters
+    """Whether its factors are those of a linear map, or of a stack of such: what the algebra here is about."""
+    if source.is_embedding(module):
+        return False
+    parameter = any(f".{module}".endswith(f".{target}") for target in source.config.target_parameters)
+    return not parameter or source.experts(module) is not None
 
 
 def _plan_module(
@@ -325,7 +354,7 @@ def _plan_module(
     before = _start(source, start, module)
     now = source.factors(module)
     still = torch.equal(now.lora_A, before.lora_A) or _same_left(now, before)
-    whole = shape.r if still else shape.r + before.lora_A.shape[0]
+    whole = shape.r if still else shape.r + before.lora_A.shape[-2]
     r = min(whole, most) if options.rank is None else min(options.rank, whole, most)
     exact = r == whole and options.scale_split == "keep"
     return _Module(module, target, r, "difference" if exact else "svd")
@@ -360,12 +389,10 @@ def _edit(plan: ConvertPlan, info: TensorInfo, stored: Tensor) -> Edit:
     elif each.way in {"fold", "difference"}:
         # Where the result keeps the adapter's scaling, it must not be in a factor too.
         made = _with_core(Factors(right, left / plan.config.scaling(each.module, each.r)), options)
+    elif left.ndim == 3:
+        made = Factors.stack([_cut(plan, each, one, other) for one, other in zip(left, right, strict=True)])
     else:
-        U, S, Vh = product_svd(left, None, right)
-        share = plan.config.scaling(each.module, each.r)
-        cut = SVD(U[:, : each.r], S[: each.r] / share, Vh[: each.r])
-        made = split_scale(cut, "balanced" if options.scale_split == "keep" else options.scale_split)
-        made = made if options.to == "slora" else Factors(made.lora_A, made.lora_B)
+        made = _cut(plan, each, left, right)
     made = _padded(made.to(dtype), each.r)
     if not all(map(is_finite, made.matrices())):
         wider = "bfloat16" if options.vllm else "float32"
@@ -374,9 +401,17 @@ def _edit(plan: ConvertPlan, info: TensorInfo, stored: Tensor) -> Edit:
 
     kept = each.way == "same" and made.lora_A.dtype == now.lora_A.dtype
     error = 0.0 if kept else _error(plan, each, left, right, made)
-    parts = {"lora_A": made.lora_A, "lora_N": made.lora_N, "lora_B": made.lora_B}
-    sides = {tensor_name(each.module, part): matrix for part, matrix in parts.items() if matrix is not None}
-    return Edit(sides=sides, figures={"error": error})
+    return Edit(sides=plan.layout.stored(each.module, made), figures={"error": error})
+
+
+def _cut(plan: ConvertPlan, each: _Module, left: Tensor, right: Tensor) -> Factors:
+    """The best factors of rank r for one product."""
+    options = plan.options
+    U, S, Vh = product_svd(left, None, right)
+    share = plan.config.scaling(each.module, each.r)
+    cut = SVD(U[:, : each.r], S[: each.r] / share, Vh[: each.r])
+    made = split_scale(cut, "balanced" if options.scale_split == "keep" else options.scale_split)
+    return made if options.to == "slora" else Factors(made.lora_A, made.lora_B)
 
 
 def _exact_sides(plan: ConvertPlan, each: _Module, now: Factors, scaling: float) -> tuple[Tensor, Tensor]:
@@ -394,7 +429,7 @@ def _exact_sides(plan: ConvertPlan, each: _Module, now: Factors, scaling: float)
         return left - initial_left, right
     if _same_left(now, before) and left.shape == initial_left.shape and torch.equal(left, initial_left):
         return left, right - initial_right
-    return torch.cat([left, -initial_left], 1), torch.cat([right, initial_right])
+    return torch.cat([left, -initial_left], -1), torch.cat([right, initial_right], -2)
 
 
 def _finite(adapter: Adapter, module: str, factors: Factors) -> Factors:
@@ -407,13 +442,14 @@ def _with_core(factors: Factors, options: ConvertOptions) -> Factors:
     """Three matrices if they are wanted: with the identity where there was no core."""
     if options.to == "lora" or factors.lora_N is not None:
         return factors
-    identity = torch.eye(len(factors.lora_A), dtype=factors.lora_A.dtype)
+    *stack, r, _ = factors.lora_A.shape
+    identity = torch.eye(r, dtype=factors.lora_A.dtype).expand(*stack, r, r)
     return Factors(factors.lora_A, factors.lora_B, identity)
 
 
 def _padded(factors: Factors, r: int) -> Factors:
     """Rows and columns of zeros up to rank r, for loaders that know one rank only."""
-    missing = r - len(factors.lora_A)
+    missing = r - factors.lora_A.shape[-2]
     if missing <= 0:
         return factors
     pad = torch.nn.functional.pad
@@ -424,7 +460,9 @@ def _error(plan: ConvertPlan, each: _Module, left: Tensor, right: Tensor, made: 
     """‖made - exact‖/‖exact‖ of the product, by an SVD of the difference, which a Gram matrix would cancel away."""
     made_left, made_right = made.sides(plan.config.scaling(each.module, each.r), torch.float64)
     size = delta_norm(left, right)
-    difference = product_svd(torch.cat([left, -made_left], 1), None, torch.cat([right, made_right])).S
+    lefts, rights = torch.cat([left, -made_left], -1), torch.cat([right, made_right], -2)
+    pairs = [(lefts, rights)] if lefts.ndim == 2 else zip(lefts, rights, strict=True)
+    difference = torch.cat([product_svd(one, None, other).S for one, other in pairs])
     return float(torch.linalg.vector_norm(difference)) / size if size else float(torch.linalg.vector_norm(difference))
 
 
@@ -488,14 +526,17 @@ def _config(
 def _planned_factors(
     source: Adapter, modules: Sequence[_Module], options: ConvertOptions
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    layout = _layout(source, modules, options)
     planned: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for each in modules:
-        own = source.shape(each.source)
-        shape = ModuleShape(each.module, own.out_features, own.in_features, each.r)
         dtype = _stored_dtype(source, each.source, options)
-        for part, size in shape.parts(three_matrix=options.to == "slora").items():
-            planned.append((tensor_name(each.module, part), dtype, size))
+        planned += [(name, dtype, size) for name, size in layout.tensors(each.module)]
     return planned
+
+
+def _layout(source: Adapter, modules: Sequence[_Module], options: ConvertOptions) -> AdapterLayout:
+    shapes = [replace(source.shape(each.source), module=each.module, r=each.r) for each in modules]
+    return AdapterLayout(shapes, three_matrix=options.to == "slora")
 
 
 def _planned_passed(source: Adapter, passed: Mapping[str, str]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -523,4 +564,4 @@ def _stored_dtype(source: Adapter, module: str, options: ConvertOptions) -> torc
 
 
 def _module_bytes(shape: ModuleShape) -> int:
-    return math.ceil(8 * 16 * shape.r * (shape.out_features + shape.in_features))
+    return math.ceil(8 * 16 * shape.r * (shape.experts or 1) * (shape.out_features + shape.in_features))

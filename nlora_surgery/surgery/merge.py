@@ -15,13 +15,20 @@ from torch import Tensor
 
 from nlora_surgery.adapter import Adapter, check_base
 from nlora_surgery.adapter_keys import parse_key
-from nlora_surgery.checkpoint import INDEX_FILE, MANIFEST, Checkpoint, TensorInfo, read_json
+from nlora_surgery.checkpoint import ADAPTER_CONFIG, INDEX_FILE, MANIFEST, Checkpoint, TensorInfo, read_json
 from nlora_surgery.devices import compute_dtype, resolve_devices
 from nlora_surgery.errors import AdapterError, NonFiniteError, OptionError
-from nlora_surgery.factor import delta_norm, is_finite, row_tiles
+from nlora_surgery.factor import adding_product, delta_norm, is_finite, row_tiles
 from nlora_surgery.manifest import identify, write_manifest
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
-from nlora_surgery.targets import experts_lie_in_out, is_conv1d, refuse_quantized
+from nlora_surgery.targets import (
+    ExpertPiece,
+    expert_pieces,
+    experts_lie_in_out,
+    is_conv1d,
+    refuse_quantized,
+    tensor_aliases,
+)
 
 __all__ = ["MergePlan", "merge", "plan_merge"]
 
@@ -31,11 +38,25 @@ _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embedd
 
 @dataclass(frozen=True)
 class _Share:
-    """What one adapter does to one tensor."""
+    """What one adapter does to one tensor: of fused experts on a base that keeps each by itself, one piece's share."""
 
     adapter: Adapter
     module: str
     weight: float
+    piece: ExpertPiece | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the product."""
+        own = self.adapter.shape(self.module)
+        return own.out_features // (self.piece.parts if self.piece else 1), own.in_features
+
+    def sides(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The product's sides, see `Adapter.sides`."""
+        if self.piece is None:
+            return self.adapter.sides(self.module, dtype, self.weight)
+        left, right = self.adapter.sides(self.module, dtype, self.weight, self.piece.expert)
+        return left.tensor_split(self.piece.parts)[self.piece.part], right
 
 
 @dataclass
@@ -184,8 +205,13 @@ def _collect(
             )
         appended[f"{_HEAD}.weight"] = tied
         changes.setdefault(f"{_HEAD}.weight", _Change())  # without a share it is a copy
-    resolved = adapter.resolve(source, extra=appended)
+    pieces = _pieces(source, adapter)
+    resolved = adapter.resolve(source, appended, tensor_aliases(source), but=pieces)
     for module in adapter.parts:
+        for piece in pieces.get(module, ()):
+            changes.setdefault(piece.tensor, _Change()).shares.append(_Share(adapter, module, weight, piece))
+        if module in pieces:
+            continue
         share = _Share(adapter, module, weight)
         changes.setdefault(resolved[module], _Change()).shares.append(share)
         if "lora_bias" in adapter.parts[module]:
@@ -202,6 +228,34 @@ def _collect(
         if weight != 1:
             raise OptionError(f"--weight {weight:g} has no meaning for {wanted}, which {adapter.directory} replaces")
         change.replacement = (adapter, name)
+
+
+def _pieces(source: Checkpoint, adapter: Adapter) -> dict[str, list[ExpertPiece]]:
+    """By module, the tensors of fused experts whose base keeps every expert by itself."""
+    found: dict[str, list[ExpertPiece]] = {}
+    for module in adapter.parts:
+        own = adapter.shape(module)
+        pieces = expert_pieces(source, module) if own.experts is not None and module not in source.tensors else []
+        if not pieces:
+            continue
+        parts, count = pieces[0].parts, 1 + max(piece.expert for piece in pieces)
+        if count != own.experts or own.out_features % parts:
+            raise AdapterError(
+                f"{adapter.directory}: {module} has {own.experts} experts of rank {own.r} and {own.out_features} "
+                f"outputs by its tensors and {ADAPTER_CONFIG}, but the base has {count} experts, of which "
+                f"{pieces[0].tensor} is one"
+            )
+        if own.out_features == own.in_features and experts_lie_in_out(source) is not False:
+            raise _unknown_order(source, module)
+        found[module] = pieces
+    return found
+
+
+def _unknown_order(source: Checkpoint, module: str) -> AdapterError:
+    return AdapterError(
+        f"{module} is square, and the orientation of its experts in model_type {source.config.get('model_type')!r} is "
+        "not known; it will not be guessed"
+    )
 
 
 def _is_own_copy(source: Checkpoint, adapter: Adapter, tensor: str, name: str) -> bool:
@@ -235,10 +289,14 @@ def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bo
     for share in change.shares:
         adapter, module = share.adapter, share.module
         own = adapter.shape(module)
-        found: tuple[int, ...] = (own.out_features, own.in_features)
+        found: tuple[int, ...] = share.shape
         if shape is not None and len(shape) == 3:
             if found in {shape[1:], shape[:0:-1]}:
-                adapter.check_rank(module, shape[0])
+                if (own.experts or 1) != shape[0]:
+                    raise AdapterError(
+                        f"{adapter.directory}: {module} has {own.experts or 1} experts of rank {own.r} by its tensors "
+                        f"and {ADAPTER_CONFIG}, but {name} of the base has {shape[0]}"
+                    )
                 _experts_transposed(source, share, shape)
                 continue
         elif _is_transposed(source, name, share):
@@ -248,7 +306,8 @@ def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bo
                 f"{adapter.directory}: {module} changes a weight of shape {list(found)}, but {name} of the base has "
                 f"{list(shape)}"
             )
-        adapter.check_rank(module)
+        if own.experts is not None and share.piece is None:
+            raise AdapterError(f"{adapter.directory}: {module} has {own.experts} experts, but {name} is one matrix")
         if "magnitude" in adapter.parts[module]:
             if several or adapter.is_embedding(module) or (shape is not None and len(shape) == 3):
                 raise AdapterError(
@@ -293,10 +352,7 @@ def _experts_transposed(source: Checkpoint, share: _Share, shape: tuple[int, ...
         return (own.in_features, own.out_features) == shape[1:]
     known = experts_lie_in_out(source)
     if known is None:
-        raise AdapterError(
-            f"{share.module} is square, and the orientation of its experts in model_type "
-            f"{source.config.get('model_type')!r} is not known; it will not be guessed"
-        )
+        raise _unknown_order(source, share.module)
     return known
 
 
@@ -305,7 +361,8 @@ def _edit_bytes(source: Checkpoint, change: _Change) -> int:
     total = 0
     for share in change.shares:
         own = share.adapter.shape(share.module)
-        total += 4 * 8 * own.r * (own.out_features + own.in_features)
+        experts = 1 if share.piece is not None else own.experts or 1
+        total += 4 * 8 * experts * own.r * (own.out_features + own.in_features)
     return total
 
 
@@ -328,12 +385,10 @@ def _edit(plan: MergePlan, info: TensorInfo, stored: Tensor) -> Edit:
         bias = _finite(share.adapter.file.tensor(key), share.adapter, key).to(stored.device, dtype)
         bias = bias * (share.weight * share.adapter.scaling(share.module))
         steps.append(_adding(bias[None]))
-    if change.shares and stored.ndim == 3:
-        steps.append(_adding_experts(source, stored, change.shares, dtype))
-    elif change.shares:
+    if change.shares:
         left, right = _sides(source, info.name, change.shares, stored, dtype)
         figures["delta_norm"] = delta_norm(left, right)
-        steps.append(_adding_product(left, right))
+        steps.append(adding_product(left, right))
         share = change.shares[0]
         magnitude = share.adapter.parts[share.module].get("magnitude")
         if magnitude is not None:
@@ -361,12 +416,13 @@ def _sides(
         initial = share.adapter.initial(share.module)
         for matrix in [*share.adapter.factors(share.module).matrices(), *(initial.matrices() if initial else ())]:
             _finite(matrix, share.adapter, share.module)
-        left, right = share.adapter.sides(share.module, dtype, share.weight)
-        if _is_transposed(source, name, share):
-            left, right = right.T, left.T
+        left, right = share.sides(dtype)
+        fused = stored.ndim == 3
+        if _experts_transposed(source, share, tuple(stored.shape)) if fused else _is_transposed(source, name, share):
+            left, right = right.mT, left.mT
         lefts.append(left.to(stored.device))
         rights.append(right.to(stored.device))
-    return torch.cat(lefts, 1).contiguous(), torch.cat(rights).contiguous()
+    return torch.cat(lefts, -1).contiguous(), torch.cat(rights, -2).contiguous()
 
 
 def _finite(tensor: Tensor, adapter: Adapter, name: str) -> Tensor:
@@ -381,13 +437,6 @@ def _put(tile: Tensor, rows: Tensor) -> None:
 
 def _adding(row: Tensor) -> Callable[[slice, Tensor], None]:
     return lambda rows, tile: _put(tile, tile + row)
-
-
-def _adding_product(left: Tensor, right: Tensor) -> Callable[[slice, Tensor], None]:
-    def add(rows: slice, tile: Tensor) -> None:
-        tile.addmm_(left[rows], right)
-
-    return add
 
 
 def _rescaling(
@@ -407,40 +456,6 @@ def _rescaling(
         squares += tile.square().sum(0)
     factor = magnitude / squares.sqrt()
     return lambda rows, tile: _put(tile, tile * factor)
-
-
-def _adding_experts(
-    source: Checkpoint, stored: Tensor, shares: Sequence[_Share], dtype: torch.dtype
-) -> Callable[[slice, Tensor], None]:
-    """Products for a fused (experts, a, b) parameter, expert by expert.
-
-    PEFT lays them out as `lora_A (r * experts, in)`, with the experts outermost, and `lora_B (out, r * experts)`,
-    with the experts innermost.
-    """
-    experts, height, _ = stored.shape
-    products: list[tuple[Tensor, Tensor]] = []  # (experts, a, r) and (experts, r, b)
-    for share in shares:
-        factors = share.adapter.factors(share.module)
-        scaling = share.weight * share.adapter.scaling(share.module, experts)
-        for matrix in factors.matrices():
-            _finite(matrix, share.adapter, share.module)
-        a = factors.lora_A.to(stored.device, dtype).reshape(experts, -1, factors.lora_A.shape[-1])
-        b = factors.lora_B.to(stored.device, dtype).reshape(factors.lora_B.shape[0], -1, experts).permute(2, 0, 1)
-        if _experts_transposed(source, share, tuple(stored.shape)):
-            products.append((a.mT * scaling, b.mT))
-        else:
-            products.append((b * scaling, a))
-
-    def add(rows: slice, tile: Tensor) -> None:
-        start = rows.start
-        while start < rows.stop:
-            expert, first = divmod(start, height)
-            count = min(height - first, rows.stop - start)
-            for left, right in products:
-                tile[start - rows.start :][:count].addmm_(left[expert, first : first + count], right[expert])
-            start += count
-
-    return add
 
 
 def _finish(plan: MergePlan, tree: Path, records: dict[str, dict[str, Any]]) -> None:

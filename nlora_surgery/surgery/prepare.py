@@ -15,10 +15,10 @@ from torch import Tensor
 from nlora_surgery.adapter import (
     FINGERPRINT_KEY,
     AdapterConfig,
+    AdapterLayout,
     ModuleShape,
     plan_adapter_file,
     task_type_of,
-    tensor_name,
 )
 from nlora_surgery.checkpoint import (
     ADAPTER_CONFIG,
@@ -31,7 +31,15 @@ from nlora_surgery.checkpoint import (
 )
 from nlora_surgery.devices import compute_dtype, resolve_devices
 from nlora_surgery.errors import NonFiniteError, OptionError, UnsupportedCheckpointError
-from nlora_surgery.factor import Factors, delta_norm, factorize, is_finite, module_generator, row_tiles
+from nlora_surgery.factor import (
+    Factors,
+    adding_product,
+    delta_norm,
+    factorize,
+    is_finite,
+    module_generator,
+    row_tiles,
+)
 from nlora_surgery.manifest import identify, read_manifest, write_manifest
 from nlora_surgery.options import (
     ADAPTER_DTYPES,
@@ -44,7 +52,13 @@ from nlora_surgery.options import (
     FactorOptions,
 )
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
-from nlora_surgery.targets import Target, choose_targets, refuse_quantized, target_modules_for
+from nlora_surgery.targets import (
+    Target,
+    choose_targets,
+    refuse_quantized,
+    target_modules_for,
+    target_parameters_for,
+)
 
 __all__ = ["InitOptions", "InitPlan", "plan_init", "prepare"]
 
@@ -154,6 +168,11 @@ class InitPlan:
     left_out: Sequence[str]
     config: AdapterConfig
     engine: Plan
+
+    @cached_property
+    def layout(self) -> AdapterLayout:
+        """Where the factors lie in the adapter's file."""
+        return AdapterLayout(map(_shape, self.targets), three_matrix=self.options.three_matrix)
 
     @cached_property
     def by_tensor(self) -> dict[str, Target]:
@@ -266,19 +285,12 @@ def _edit(plan: InitPlan, info: TensorInfo, stored: Tensor) -> Edit:
     """Factor one weight; say how its rows change and what goes into the adapter."""
     options, target = plan.options, plan.by_tensor[info.name]
     dtype = compute_dtype(stored.dtype)
-    weight = stored.T if target.fan_in_fan_out else stored
+    weight = stored.mT if target.fan_in_fan_out else stored
     scaling = plan.config.scaling(target.module, target.r)
     if plan.engine.needs_whole and not options.factor.samples_only and not is_finite(stored):
         raise _not_finite(target)
     try:
-        exact = factorize(
-            weight,
-            target.r,
-            options.factor,
-            scaling=scaling,
-            generator=module_generator(options.seed, target.module),
-            dtype=dtype,
-        )
+        exact = _factorize(target, weight, scaling, options, dtype)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         if not is_finite(stored):
             raise _not_finite(target) from error
@@ -290,26 +302,25 @@ def _edit(plan: InitPlan, info: TensorInfo, stored: Tensor) -> Edit:
 
     # The residual is taken from the factors as they are stored, so that rounding them costs nothing.
     factors = exact.to(getattr(torch, options.adapter_dtype))
-    if not all(map(is_finite, _matrices(factors).values())):
+    if not all(map(is_finite, factors.matrices())):
         if not is_finite(stored):
             raise _not_finite(target)
-        if options.adapter_dtype != "float32" and all(map(is_finite, _matrices(exact).values())):
+        if options.adapter_dtype != "float32" and all(map(is_finite, exact.matrices())):
             raise NonFiniteError(
                 target.tensor,
                 f"a factor of {target.tensor!r} overflows {options.adapter_dtype}; use --adapter-dtype float32",
             )
         raise _overflow(target, "its factors overflow")
-    sides = {tensor_name(target.module, part): matrix for part, matrix in _matrices(factors).items()}
+    sides = plan.layout.stored(target.module, factors)
     if options.residual == "virtual" and options.subtracts:
-        sides |= {tensor_name(target.module, f"{part}_initial"): matrix for part, matrix in _matrices(factors).items()}
+        sides |= plan.layout.stored(target.module, factors, initial=True)
     if options.factor.method in STARTS_AT_ZERO:
         return Edit(None, sides, {"delta_norm": 0.0})
 
     left, right = factors.sides(scaling, dtype)
     size = delta_norm(left, right)
     if not 0 < size < math.inf:  # the squares of huge numbers, or of tiny ones, are beyond the compute dtype
-        tiles = row_tiles((len(left), right.shape[1]), dtype.itemsize)
-        if not all(bool((left[rows] @ right).isfinite().all()) for rows in tiles):
+        if not _is_finite_product(left, right):
             raise _overflow(target, "scaling times the product of its factors overflows")
         size = delta_norm(left.to("cpu", torch.float64), right.to("cpu", torch.float64))
     figures = {"delta_norm": size, "condition": exact.condition}
@@ -317,19 +328,31 @@ def _edit(plan: InitPlan, info: TensorInfo, stored: Tensor) -> Edit:
     return Edit(_low_rank_update(left, right, sign, target) if plan.engine.needs_whole else None, sides, figures)
 
 
+def _factorize(target: Target, weight: Tensor, scaling: float, options: InitOptions, dtype: torch.dtype) -> Factors:
+    """The factors of one weight; of fused experts those of each, as stacks."""
+
+    def one(matrix: Tensor, name: str) -> Factors:
+        generator = module_generator(options.seed, name)
+        return factorize(matrix, target.r, options.factor, scaling=scaling, generator=generator, dtype=dtype)
+
+    if target.experts is None:
+        return one(weight, target.module)
+    return Factors.stack([one(weight[expert], f"{target.module}.{expert}") for expert in range(target.experts)])
+
+
 def _low_rank_update(left: Tensor, right: Tensor, sign: int, target: Target) -> Callable[[slice, Tensor], None]:
     if target.fan_in_fan_out:
-        left, right = right.T, left.T
-
-    def apply(rows: slice, tile: Tensor) -> None:
-        tile.addmm_(left[rows], right, alpha=sign)
-
-    return apply
+        left, right = right.mT, left.mT
+    return adding_product(left, right, sign)
 
 
-def _matrices(factors: Factors) -> dict[str, Tensor]:
-    core = {} if factors.lora_N is None else {"lora_N": factors.lora_N}
-    return {"lora_A": factors.lora_A, **core, "lora_B": factors.lora_B}
+def _is_finite_product(left: Tensor, right: Tensor) -> bool:
+    stacks = [(left, right)] if left.ndim == 2 else list(zip(left, right, strict=True))
+    return all(
+        bool((one[rows] @ other).isfinite().all())
+        for one, other in stacks
+        for rows in row_tiles((len(one), other.shape[1]), one.dtype.itemsize)
+    )
 
 
 def _finish(plan: InitPlan, tree: Path, records: Mapping[str, dict[str, Any]]) -> None:
@@ -358,6 +381,7 @@ def _finish(plan: InitPlan, tree: Path, records: Mapping[str, dict[str, Any]]) -
                 "module": target.module,
                 "shape": [target.out_features, target.in_features],
                 "fan_in_fan_out": target.fan_in_fan_out,
+                "experts": target.experts,
                 "r": target.r,
                 "scaling": plan.config.scaling(target.module, target.r),
                 **_ratios(records[tensor]["figures"], plan.options),
@@ -411,7 +435,7 @@ def _needs_whole(options: InitOptions) -> bool:
 
 
 def _shape(target: Target) -> ModuleShape:
-    return ModuleShape(target.module, target.out_features, target.in_features, target.r)
+    return ModuleShape(target.module, target.out_features, target.in_features, target.r, target.experts)
 
 
 def _adapter_config(
@@ -427,14 +451,15 @@ def _adapter_config(
         peft_type="SLORA" if options.three_matrix else "LORA",
         r=options.rank,
         lora_alpha=alpha,
-        target_modules=target_modules_for([target.module for target in targets], source),
+        target_modules=target_modules_for([target.module for target in targets if target.experts is None], source),
         rank_pattern=ranks,
         # A clamped module keeps the scaling of the others.
         alpha_pattern={name: alpha * r / options.rank for name, r in ranks.items()},
-        fan_in_fan_out=all(target.fan_in_fan_out for target in targets),
+        fan_in_fan_out=all(target.fan_in_fan_out and target.experts is None for target in targets),
         base_model_name_or_path=base_name,
         task_type=task_type_of(source.config),
         residual=options.residual if options.three_matrix and options.factor.method not in STARTS_AT_ZERO else None,
+        target_parameters=target_parameters_for([t.module for t in targets if t.experts is not None], source),
         extra=extra,
     )
 
@@ -464,9 +489,10 @@ def _factor_bytes(target: Target, source: Checkpoint, options: InitOptions) -> i
     if options.factor.method == "pissa":
         smaller = min(target.out_features, target.in_features)
         return 3 * target.out_features * target.in_features * itemsize + 2 * smaller * sides
+    stacks = 3 * sides * target.r * (target.experts or 0)
     if options.factor.samples_only:
-        return 3 * sides * target.r
-    return 5 * sides * (target.r + options.factor.oversampling)
+        return stacks + 3 * sides * target.r
+    return stacks + 5 * sides * (target.r + options.factor.oversampling)
 
 
 def _not_finite(target: Target) -> NonFiniteError:
