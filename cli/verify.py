@@ -72,8 +72,7 @@ def command(prepared: Path, against: str | None, logits: bool, prompts: tuple[st
     failures = list(report.failures)
     if comparison is not None and not comparison.passed:
         failures.append(
-            f"the logits differ by {comparison.rms_difference:.2e} rms, where rounding explains "
-            f"{comparison.noise_rms:.2e}"
+            f"the {comparison.worst_output} differ by {comparison.worst_ratio:.3g} times what rounding explains"
         )
     if failures:
         more = f" (and {len(failures) - 3} more findings)" if len(failures) > 3 else ""

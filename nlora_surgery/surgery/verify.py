@@ -6,11 +6,13 @@ import contextlib
 import gc
 import math
 import os
+import re
 import statistics
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from nlora_surgery.adapter import Adapter, check_base
 from nlora_surgery.checkpoint import Checkpoint, read_json
 from nlora_surgery.devices import compute_dtype, single_threaded_torch
-from nlora_surgery.errors import AdapterError, BaseMismatchError, VerificationError
+from nlora_surgery.errors import BaseMismatchError, VerificationError
 from nlora_surgery.factor import Factors, row_tiles
 from nlora_surgery.manifest import read_manifest
 from nlora_surgery.options import STARTS_AT_ZERO
@@ -240,9 +242,6 @@ def _check_target(prepared: Prepared, original: Checkpoint, module: Mapping[str,
     """The errors of one target's effective weight, element by element, in fp64."""
     weight = original.tensor(module["tensor"])
     stored = weight if prepared.base is None else prepared.base.tensor(module["tensor"])
-    delta, magnitude = _effective_delta(prepared, module["module"])
-    if module["fan_in_fan_out"]:
-        delta, magnitude = _transposed(delta), _transposed(magnitude)
     changed = prepared.base is not None and not prepared.starts_at_zero
     r, unit = module["r"], torch.finfo(compute_dtype(weight.dtype)).eps / 2
     unit_here = torch.finfo(torch.float64).eps / 2
@@ -250,35 +249,47 @@ def _check_target(prepared: Prepared, original: Checkpoint, module: Mapping[str,
     weight_share = _gamma(r + 1, unit) + _gamma(r + 2, unit_here)
 
     max_error = worst_share = error_square = weight_square = 0.0
-    for rows in row_tiles(weight.shape, 8):
-        exact = weight[rows].double()
-        held = stored[rows].double()
-        error = (held - exact).add_(delta[0][rows] @ delta[1]).abs_()
-        if changed:
-            bound = half_ulp(held, weight.dtype)
-            bound += product_share * (magnitude[0][rows] @ magnitude[1]) + weight_share * exact.abs()
-            # 0 / 0 is no error; anything else over 0, and NaN, is beyond every bound.
-            share = torch.where(error == 0, 0.0, error / bound)
-        else:
-            share = torch.where(error == 0, 0.0, math.inf)
-        max_error = max(max_error, float(error.max()))
-        worst_share = max(worst_share, float(share.nan_to_num(nan=math.inf).max()))
-        error_square += float(error.square().sum())
-        weight_square += float(exact.square().sum())
+    for expert, before, after in _matrices(weight, stored):
+        delta, magnitude = _effective_delta(prepared, module, expert)
+        for rows in row_tiles(before.shape, 8):
+            exact = before[rows].double()
+            held = after[rows].double()
+            error = (held - exact).add_(delta[0][rows] @ delta[1]).abs_()
+            if changed:
+                bound = half_ulp(held, weight.dtype)
+                bound += product_share * (magnitude[0][rows] @ magnitude[1]) + weight_share * exact.abs()
+                # 0 / 0 is no error; anything else over 0, and NaN, is beyond every bound.
+                share = torch.where(error == 0, 0.0, error / bound)
+            else:
+                share = torch.where(error == 0, 0.0, math.inf)
+            max_error = max(max_error, float(error.max()))
+            worst_share = max(worst_share, float(share.nan_to_num(nan=math.inf).max()))
+            error_square += float(error.square().sum())
+            weight_square += float(exact.square().sum())
     drift = math.sqrt(error_square / weight_square) if weight_square else math.sqrt(error_square)
     return {"module": module["module"], "max_error": max_error, "worst_share": worst_share, "drift": drift}
+
+
+def _matrices(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Tensors of one shape as matrices: each expert's with its number, or the only ones with None."""
+    if tensors[0].ndim == 2:
+        yield (None, *tensors)
+    else:
+        yield from ((expert, *(tensor[expert] for tensor in tensors)) for expert in range(len(tensors[0])))
 
 
 _Sides = tuple[Tensor, Tensor]  # left (out, k) and right (k, in) of a product
 
 
-def _effective_delta(prepared: Prepared, module: str) -> tuple[_Sides, _Sides]:
-    """What the adapter adds to a module's weight, and the same of absolute values, as left and right factors."""
-    adapter = prepared.adapter
-    factors = adapter.factors(module)
+def _effective_delta(prepared: Prepared, module: Mapping[str, Any], expert: int | None) -> tuple[_Sides, _Sides]:
+    """What the adapter adds to a weight as it lies, and the same of absolute values, as left and right factors."""
+    adapter, name = prepared.adapter, module["module"]
+    factors = adapter.factors(name) if expert is None else adapter.factors(name).expert(expert)
     core = None if factors.lora_N is None else factors.lora_N.double().abs()
     size = Factors(factors.lora_A.double().abs(), factors.lora_B.double().abs(), core)
-    return adapter.sides(module, torch.float64), size.sides(abs(adapter.scaling(module)), torch.float64)
+    delta = adapter.sides(name, torch.float64, expert=expert)
+    magnitude = size.sides(abs(adapter.scaling(name)), torch.float64)
+    return (_transposed(delta), _transposed(magnitude)) if module["fan_in_fan_out"] else (delta, magnitude)
 
 
 def _transposed(sides: _Sides) -> _Sides:
@@ -303,9 +314,15 @@ PROMPTS = (
 _NOISE_FACTOR = 3.0
 
 
+# What is small is no statistic: outputs of fewer numbers than this are compared with the noise of several draws.
+_FEW_NUMBERS, _DRAWS = 4096, 4
+
+
 @dataclass(frozen=True)
 class LogitsReport:
-    """How far the prepared model's logits are from the original's, both computed in fp32.
+    """How far the prepared model's outputs are from the original's, both computed in fp32.
+
+    All but the last two are about the logits, or what a model has in their place.
 
     Attributes:
         max_difference, rms_difference: of the logits.
@@ -313,6 +330,9 @@ class LogitsReport:
         greedy_agreement: share of positions with the same most likely token.
         noise_rms: rms difference that one more rounding of the stored weights makes (see `verify_logits`).
         positions: how many were compared.
+        worst_output: the output whose difference is the most in terms of its noise: `logits`, or another of the
+            model's (`image_embeds`, `encoder_last_hidden_state`).
+        worst_ratio: its rms difference, that of its noise taken as 1.
     """
 
     max_difference: float
@@ -321,15 +341,20 @@ class LogitsReport:
     greedy_agreement: float
     noise_rms: float
     positions: int
+    worst_output: str
+    worst_ratio: float
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is what rounding explains; without rounding there must be none."""
-        return self.rms_difference <= _NOISE_FACTOR * self.noise_rms
+        """Whether the differences are what rounding explains; without rounding there must be none."""
+        return self.worst_ratio <= _NOISE_FACTOR
 
 
 def verify_logits(directory: Path, against: Path, prompts: Sequence[str] = PROMPTS) -> LogitsReport:
-    """Load the original and the prepared model with transformers, apply the adapter, compare logits.
+    """Load the original and the prepared model with transformers, each weight with its product added, compare outputs.
+
+    The prepared model is loaded from its effective weights under their names on disk, so that transformers does with
+    them what it does with any checkpoint: renames, fuses experts, ties.
 
     The yardstick is measured, not chosen: the prepared model runs a second time with every stored residual
     moved at random within the error bound that `verify` grants each element, as if it had been rounded once
@@ -338,53 +363,148 @@ def verify_logits(directory: Path, against: Path, prompts: Sequence[str] = PROMP
     Args:
         directory: an output of `init`.
         against: the original.
-        prompts: what to run; random tokens where the original has no tokenizer.
+        prompts: what a model of texts runs; random tokens where the original has no tokenizer. Models of images or
+            sounds run random ones.
 
     Returns:
         The report; see `LogitsReport.passed`.
 
     Raises:
-        CheckpointError, AdapterError: a directory cannot be opened, or the model lacks an adapted module.
-        VerificationError: transformers cannot load one of the two.
+        CheckpointError, AdapterError: a directory cannot be opened.
+        VerificationError: transformers cannot load or run one of the two.
     """
     prepared = Prepared.open(directory)
-    inputs = _inputs(against, prompts)
-    model = _load(against)
-    expected = _logits(model, inputs)
-    if prepared.base is not None:
-        del model
-        gc.collect()
-        model = _load(directory)
-    _apply_adapter(model, prepared)
-    actual = _logits(model, inputs)
-    _round_once_more(model, prepared)
-    noisy = _logits(model, inputs)
+    tokens = _token_ids(against, prompts)
+    with Checkpoint.open(against) as original:
+        expected = _outputs(against, original, {}, tokens)
+        base = prepared.base or original
+        modules = {entry["tensor"]: entry for entry in prepared.manifest["modules"]}
 
-    difference = actual - expected
-    log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
+        def outputs(noise: int | None) -> dict[str, Tensor]:
+            weights = {
+                name: partial(_effective_weight, prepared, base, entry, noise) for name, entry in modules.items()
+            }
+            return _outputs(against, base, weights, tokens)
+
+        actual = outputs(None)
+        draws = 1 if all(output.numel() >= _FEW_NUMBERS for output in expected.values()) else _DRAWS
+        rounded = prepared.base is not None and not prepared.starts_at_zero
+        noisy = [outputs(draw) for draw in range(draws)] if rounded else [actual]  # or nothing may differ
+
+    worst_output, worst_ratio, first = "", -1.0, next(iter(expected))
+    for name, output in expected.items():
+        difference, noise = _rms(actual[name] - output), _noise(noisy, actual, name)
+        ratio = difference / noise if noise else (math.inf if difference else 0.0)
+        ratio = math.inf if math.isnan(ratio) else ratio
+        if ratio > worst_ratio:
+            worst_output, worst_ratio = name, ratio
+    log_p, log_q = expected[first].log_softmax(-1), actual[first].log_softmax(-1)
+    change = actual[first] - expected[first]
     return LogitsReport(
-        max_difference=float(difference.abs().max()),
-        rms_difference=float(difference.double().square().mean().sqrt()),
+        max_difference=float(change.abs().max()),
+        rms_difference=_rms(change),
         mean_kl=max(0.0, float((log_p.exp() * (log_p - log_q)).sum(-1).mean())),
-        greedy_agreement=float((expected.argmax(-1) == actual.argmax(-1)).double().mean()),
-        noise_rms=float((noisy - actual).double().square().mean().sqrt()),
-        positions=len(expected),
+        greedy_agreement=float((expected[first].argmax(-1) == actual[first].argmax(-1)).double().mean()),
+        noise_rms=_noise(noisy, actual, first),
+        positions=len(expected[first]),
+        worst_output=worst_output,
+        worst_ratio=worst_ratio,
     )
 
 
-def _load(directory: Path) -> Any:
-    import transformers
+def _rms(difference: Tensor) -> float:
+    return float(difference.double().square().mean().sqrt())
 
-    architectures = read_json(directory / "config.json").get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    auto = getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+
+def _noise(noisy: Sequence[Mapping[str, Tensor]], actual: Mapping[str, Tensor], name: str) -> float:
+    return math.sqrt(statistics.fmean(_rms(each[name] - actual[name]) ** 2 for each in noisy))
+
+
+def _effective_weight(prepared: Prepared, base: Checkpoint, entry: Mapping[str, Any], draw: int | None) -> Tensor:
+    """One weight with its adapter's product added, in fp32; with a number, moved at random within its bound."""
+    stored = base.tensor(entry["tensor"])
+    effective = torch.empty(stored.shape, dtype=torch.float32)
+    unit, r = torch.finfo(torch.float32).eps / 2, entry["r"]
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{draw}:{entry['tensor']}".encode()))
+    for expert, held, out in _matrices(stored, effective):
+        (left, right), magnitude = _effective_delta(prepared, entry, expert)
+        exact = held.double()
+        result = exact + left @ right
+        if draw is not None:
+            bound = half_ulp(exact, stored.dtype)
+            # What an fp32 model does besides: its weight was a product in fp32, or is rounded to it here. n roundings
+            # add up to about sqrt(n) of one (Higham and Mary 2019); γ(n) is for bounds, not for what is typical.
+            bound += unit * (math.sqrt(2 * r + 2) * (magnitude[0] @ magnitude[1]) + math.sqrt(r + 1) * exact.abs())
+            noise = torch.rand(exact.shape, generator=generator, dtype=torch.float64)
+            result += noise.mul_(2).sub_(1).mul_(bound)
+        out.copy_(result)
+    return effective
+
+
+class _Lazy:
+    """A tensor that is computed when transformers reads it, which it does by `tensor[...]`."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute = compute
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self._compute()
+
+
+def _outputs(
+    directory: Path, weights: Checkpoint, changed: Mapping[str, Callable[[], Tensor]], tokens: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Everything that a model of these weights says to the inputs that suit it, as matrices by name.
+
+    Args:
+        directory: of the original, whose configuration counts.
+        weights: the tensors.
+        changed: what takes the place of some, by name.
+        tokens: token ids of several prompts, (1, length) each.
+    """
+    model = _load(directory, weights, changed)
+    found: dict[str, list[Tensor]] = {}
     try:
-        return auto.from_pretrained(str(directory), dtype=torch.float32).eval()
-    except Exception as error:  # whatever transformers raises, the finding is the same: it does not load
-        raise VerificationError(f"transformers cannot load {directory}: {error}") from error
+        with torch.inference_mode():
+            for call in _calls(model, tokens):
+                for name, value in call().items():
+                    if torch.is_tensor(value) and value.is_floating_point() and value.ndim > 0:
+                        found.setdefault(name, []).append(value.float().reshape(-1, value.shape[-1]))
+    except Exception as error:  # whatever a model's code raises, it cannot be run so
+        raise VerificationError(f"transformers cannot run {directory}: {error}") from error
+    finally:
+        del model
+        gc.collect()
+    if not found:
+        raise VerificationError(f"the model in {directory} has no output to compare")
+    return {name: torch.cat(values) for name, values in found.items() if len({v.shape[1] for v in values}) == 1}
 
 
-def _inputs(directory: Path, prompts: Sequence[str]) -> list[Tensor]:
+def _load(directory: Path, weights: Checkpoint, changed: Mapping[str, Callable[[], Tensor]]) -> Any:
+    import transformers
+    from safetensors import safe_open
+
+    names = read_json(directory / "config.json").get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    auto = getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+    state: dict[str, Any] = {}
+    with contextlib.ExitStack() as files:
+        for file in weights.files:
+            opened = files.enter_context(safe_open(weights.directory / file, "pt"))
+            for tensor in weights.files[file].tensors:
+                compute = changed.get(tensor)
+                state[tensor] = opened.get_slice(tensor) if compute is None else _Lazy(compute)
+        try:
+            config = transformers.AutoConfig.from_pretrained(str(directory))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # of what the checkpoint lacks, a new head for instance
+                model = auto.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+        except Exception as error:  # whatever transformers raises, the finding is the same: it does not load
+            raise VerificationError(f"transformers cannot load {weights.directory}: {error}") from error
+    return model.eval()
+
+
+def _token_ids(directory: Path, prompts: Sequence[str]) -> list[Tensor]:
     from transformers import AutoTokenizer
 
     encoded: list[Tensor] = []
@@ -396,71 +516,72 @@ def _inputs(directory: Path, prompts: Sequence[str]) -> list[Tensor]:
     if encoded:
         return encoded
     config = read_json(directory / "config.json")
-    size = int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 100))
+    sizes = [part.get("vocab_size") for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    size = next((int(size) for size in sizes if size), 100)
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(size, (1, 16), generator=generator) for _ in prompts]
 
 
-def _logits(model: Any, inputs: Sequence[Tensor]) -> Tensor:
-    """Logits (positions, vocabulary) over all inputs."""
-    with torch.inference_mode():
-        outputs = [model(input_ids=ids) for ids in inputs]
-    logits = [output.logits if "logits" in output else output.last_hidden_state for output in outputs]
-    return torch.cat([each.reshape(-1, each.shape[-1]) for each in logits])
-
-
-def _apply_adapter(model: Any, prepared: Prepared) -> None:
-    """Add the adapter's output to each adapted module's, as the layer that trains it does."""
-
-    def hook(module: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
-        scaling = prepared.adapter.scaling(module)
-        factors, initial = prepared.adapter.factors(module), prepared.adapter.initial(module)
-
-        def through(which: Factors, x: Tensor) -> Tensor:
-            for matrix in which.matrices():
-                x = x @ matrix.float().T
-            return scaling * x
-
-        def add(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            delta = through(factors, inputs[0])
-            return output + (delta if initial is None else delta - through(initial, inputs[0]))
-
-        return add
-
-    for module in prepared.adapter.parts:
-        _submodule(model, module).register_forward_hook(hook(module))
-
-
-def _round_once_more(model: Any, prepared: Prepared) -> None:
-    """Move every stored weight of the model at random, within what rounding and fp32 arithmetic can do to it."""
-    if prepared.base is None or prepared.starts_at_zero:
-        return  # nothing was rounded and nothing is added, so nothing may differ
+def _calls(model: Any, tokens: Sequence[Tensor]) -> Iterator[Callable[[], Mapping[str, Any]]]:
+    """Runs of a model that together use all of its weights, by what it says that it takes."""
+    config, kind = model.config, model.main_input_name
+    text = config.get_text_config()
     generator = torch.Generator().manual_seed(0)
-    unit = torch.finfo(torch.float32).eps / 2
-    with torch.inference_mode():
-        for entry in prepared.manifest["modules"]:
-            stored = prepared.base.tensor(entry["tensor"])
-            _, magnitude = _effective_delta(prepared, entry["module"])
-            left, right = _transposed(magnitude) if entry["fan_in_fan_out"] else magnitude
-            exact, r = stored.double(), entry["r"]
-            bound = half_ulp(exact, stored.dtype)
-            # The model's own arithmetic: an fp32 weight is not rounded any further, but the path through the
-            # adapter is another order of summation than the one weight that the original has. n roundings add
-            # up to about sqrt(n) of one (Higham and Mary 2019); γ(n) is for bounds, not for what is typical.
-            bound += unit * (math.sqrt(2 * r + 2) * (left @ right) + math.sqrt(r + 1) * exact.abs())
-            noise = torch.rand(stored.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).mul_(bound)
-            parameter = _submodule(model, entry["module"]).weight
-            parameter.copy_((exact + noise).to(parameter.dtype))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    decoder = {"decoder_input_ids": tokens[0]} if config.is_encoder_decoder else {}
+    vision = getattr(config, "vision_config", None)
+    if kind == "pixel_values":
+        pixels = random(2, *_image_shape(config))
+        yield partial(model, pixel_values=pixels, **decoder)
+    elif kind == "input_features":
+        yield partial(model, input_features=random(1, config.num_mel_bins, 2 * config.max_source_positions), **decoder)
+    elif kind == "input_values":
+        yield partial(model, input_values=random(1, 4000), **decoder)
+    elif vision is not None and hasattr(model, "logit_scale"):  # two encoders side by side
+        for ids in tokens:
+            yield partial(model, input_ids=ids, pixel_values=random(1, *_image_shape(vision)))
+    else:
+        # Where an image would stand there is none.
+        places = [
+            value for name, value in config.to_dict().items() if re.fullmatch(r"(image|video|vision)_.*token.*", name)
+        ]
+        known = torch.tensor([value for value in places if isinstance(value, int)], dtype=torch.long)
+        other = next(token for token in range(text.vocab_size) if token not in known)
+        for ids in tokens:
+            ids = torch.where(torch.isin(ids, known), other, ids) % text.vocab_size
+            yield partial(model, input_ids=ids, **({"decoder_input_ids": ids} if decoder else {}))
+        if vision is not None and hasattr(model, "get_image_features"):
+            yield partial(_image_features, model, vision, random)
 
 
-def _submodule(model: Any, module: str) -> Any:
-    names = [module, f"{model.base_model_prefix}.{module}"]
-    for name in names:
-        try:
-            return model.get_submodule(name)
-        except AttributeError:
-            continue
-    raise AdapterError(f"{type(model).__name__} has no module {module!r}, which the adapter adapts")
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(config, "num_channels", 3), height, width
+
+
+def _image_features(model: Any, vision: Any, random: Callable[..., Tensor]) -> Mapping[str, Any]:
+    """What a model of texts and images makes of an image, before any text."""
+    if hasattr(vision, "temporal_patch_size"):  # Qwen's, which takes patches of any number of images
+        side, merge = vision.patch_size, vision.spatial_merge_size
+        channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
+        pixels = random((4 * merge) ** 2, channels * vision.temporal_patch_size * side**2)
+        found = model.get_image_features(pixels, image_grid_thw=torch.tensor([[1, 4 * merge, 4 * merge]]))
+    else:
+        found = model.get_image_features(pixel_values=random(1, *_image_shape(vision)))
+    values = {"last_hidden_state": found} if torch.is_tensor(found) else found
+    values = values if isinstance(values, Mapping) else {"last_hidden_state": torch.cat(list(values))}
+    flat = {
+        name: torch.cat(list(value))
+        if isinstance(value, tuple | list) and value and torch.is_tensor(value[0])
+        else value
+        for name, value in values.items()
+        if name in {"last_hidden_state", "pooler_output"}
+    }
+    return {f"image {name}": value for name, value in flat.items()}
 
 
 def _cores() -> int:
