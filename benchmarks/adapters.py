@@ -7,7 +7,7 @@
 A random LoRA of all seven projections is merged into the checkpoint, by us and by PEFT; then it is extracted from
 base and merged model, by us and by mergekit. How it is measured is said in `rounds.py`.
 
-mergekit's requirements and ours exclude each other, so it is run by a Python of its own: --mergekit names one
+mergekit is run by a Python of its own, so that its requirements leave this environment as it is: --mergekit names one
 that has it, otherwise an environment is made in DATA/mergekit-venv, with pip, once.
 """
 
