@@ -126,6 +126,25 @@ def test_the_start_has_the_loss_of_the_base(
     assert loss(prepared) == pytest.approx(base, rel=5e-3)  # one bf16 rounding of every weight
 
 
+def test_on_a_terminal_the_bar_shows_the_loss(
+    surgery: Callable[..., Any], prepared: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("train", prepared, "--data", data, "--max-steps", 2, *FAST)
+    assert "loss=" not in surgery(*arguments, "-o", tmp_path / "piped").stderr
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    shown = surgery(*arguments, "-o", tmp_path / "terminal").stderr
+    for _, loss in losses(tmp_path / "terminal"):
+        assert f"loss={loss:.4f}" in shown
+
+
+def test_where_matplotlib_is_there_is_a_curve(
+    surgery: Callable[..., Any], prepared: Path, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert surgery("train", prepared, "--data", data, "--max-steps", 2, *FAST, "-o", tmp_path / "run").code == 0
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_recomputed_activations_change_nothing(
     surgery: Callable[..., Any], prepared: Path, data: Path, tmp_path: Path
 ) -> None:
