@@ -42,10 +42,15 @@ class WritingCommand(click.Command):
 
 
 def locate_adapter(name: str) -> Path:
-    """The directory of an adapter, fetched if it is on the Hub; or a Kohya file."""
+    """The directory of an adapter, fetched if it is on the Hub, or in an output of init; or a Kohya file."""
+    from nlora_surgery.checkpoint import ADAPTER_CONFIG
     from nlora_surgery.hub import fetch
 
-    return Path(name) if name.endswith(".safetensors") and Path(name).is_file() else fetch(name)
+    if name.endswith(".safetensors") and Path(name).is_file():
+        return Path(name)
+    directory = fetch(name)
+    inside = (directory / "adapter" / ADAPTER_CONFIG).exists() and not (directory / ADAPTER_CONFIG).exists()
+    return directory / "adapter" if inside else directory
 
 
 def split_names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -87,14 +92,14 @@ def locate_base_and_adapter(model: str, adapter: str | None) -> tuple[Path, Path
 
     directory = fetch(model)
     if adapter is not None:
-        found: Path | None = locate_adapter(adapter)
-        if found is not None and (found / "adapter" / ADAPTER_CONFIG).exists():
-            found = found / "adapter"
-        return directory, found
-    found = next((path for path in (directory, directory / "adapter") if (path / ADAPTER_CONFIG).exists()), None)
+        return directory, locate_adapter(adapter)
+    found: Path | None = next(
+        (path for path in (directory, directory / "adapter") if (path / ADAPTER_CONFIG).exists()), None
+    )
     if found is None or (directory / "config.json").exists():
         return directory, found
-    base = AdapterConfig.read(found).base_model_name_or_path
+    config = AdapterConfig.read(found)
+    base, revision = config.base_model_name_or_path, config.extra.get("revision")
     if not base:
         raise AdapterError(f"{found} does not name its base model; give the base as MODEL and this by --adapter")
-    return fetch(base), found
+    return fetch(f"{base}@{revision}" if revision and not Path(base).exists() else base), found
