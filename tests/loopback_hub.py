@@ -1,7 +1,8 @@
-"""A Hub on the loopback interface: the part of its HTTP interface that huggingface_hub uses to download.
+"""A Hub on the loopback interface: the part of its HTTP interface that huggingface_hub uses for models.
 
-A test adds repositories from local directories, points `HF_ENDPOINT` at `LoopbackHub.endpoint`, and reads
-from `LoopbackHub.requests` what the client asked for. `LoopbackHub.fail` makes chosen requests go wrong.
+A test adds repositories from local directories and users with `add_repo` and `add_user`, points `HF_ENDPOINT` at
+`LoopbackHub.endpoint`, and reads from `LoopbackHub.requests` what the client asked for, and from `contents` what a
+repository holds. `LoopbackHub.fail` makes chosen requests go wrong. Uploads go by LFS, not by Xet.
 
 Each route is a method from a request to an `Answer` and stands in `_ROUTES`; the handler below only moves
 bytes. Repositories are commits of immutable files under named references, so that a route which takes
@@ -10,12 +11,13 @@ uploads has a commit to add and a reference to move, and nothing else to change.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from fnmatch import fnmatchcase
@@ -23,13 +25,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 __all__ = ["Answer", "LoopbackHub", "Request"]
 
 # What the Hub keeps in LFS, by its default .gitattributes: such files have a SHA-256 for an ETag, others
 # their git hash.
 _LFS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+
+# Of what the Hub checks in a card's metadata, what it refuses.
+_LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "llama2", "llama3", "gemma", "other", "unknown"}
+_RELATIONS = {"adapter", "merge", "quantized", "finetune"}
 
 
 class Request(NamedTuple):
@@ -41,6 +49,7 @@ class Request(NamedTuple):
         headers: as sent; look-ups ignore case.
         body: empty for what has none.
         target: the undecoded path, in which a `/` inside a revision is still `%2F`.
+        query: what stands after the path, by name.
     """
 
     method: str
@@ -48,6 +57,11 @@ class Request(NamedTuple):
     headers: Message
     body: bytes
     target: str
+    query: Mapping[str, list[str]] = {}
+
+    @property
+    def token(self) -> str:
+        return (self.headers["Authorization"] or "").removeprefix("Bearer ")
 
 
 @dataclass(frozen=True)
@@ -96,10 +110,11 @@ _Commit = dict[str, _File]
 
 @dataclass
 class _Repo:
-    """Commits by hash, and references (branches and tags) by name."""
+    """Commits by hash, and references (branches, tags and pull requests) by name."""
 
     commits: dict[str, _Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
 
     def commit(self, ref: str, files: _Commit) -> str:
         names = "".join(f"{path} {file.blob_id}\n" for path, file in sorted(files.items()))
@@ -128,10 +143,16 @@ class LoopbackHub:
 
     Attributes:
         requests: every request in the order of arrival, the ones that were made to fail too.
+        objects: what was uploaded to LFS, by SHA-256, committed or not.
+        part_bytes: size of the parts in which LFS takes larger files; None takes each whole.
     """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        self.objects: dict[str, bytes] = {}
+        self.part_bytes: int | None = None
+        self._parts: dict[tuple[str, int], bytes] = {}
+        self._users: dict[str, tuple[str, set[str]]] = {}
         self._repos: dict[str, _Repo] = {}
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
@@ -157,18 +178,33 @@ class LoopbackHub:
         self._thread.join()
         self._server.server_close()
 
-    def add_repo(self, repo_id: str, directory: Path, revisions: Mapping[str, Path] | None = None) -> str:
+    def add_user(self, token: str, name: str, organizations: Iterable[str] = ()) -> None:
+        """Let a token stand for a user, who may write to repositories of theirs and of these organizations."""
+        self._users[token] = (name, {name, *organizations})
+
+    def contents(self, repo_id: str, ref: str = "main") -> dict[str, bytes]:
+        """The files of a repository, by path."""
+        repo = self._repos[repo_id]
+        return {path: file.content for path, file in repo.commits[repo.refs[ref]].items()}
+
+    def is_private(self, repo_id: str) -> bool:
+        return self._repos[repo_id].private
+
+    def add_repo(
+        self, repo_id: str, directory: Path, revisions: Mapping[str, Path] | None = None, *, private: bool = False
+    ) -> str:
         """Serve a directory as it is now; a later call for the same repository adds commits to it.
 
         Args:
             repo_id: `org/name`.
             directory: the files of `main`.
             revisions: directories of further branches or tags, by name.
+            private: whether only users who may write to it see it.
 
         Returns:
             The hash of the commit that `main` now is.
         """
-        repo = self._repos.setdefault(repo_id, _Repo())
+        repo = self._repos.setdefault(repo_id, _Repo(private=private))
         for name, tree in (revisions or {}).items():
             repo.commit(name, _read(tree))
         return repo.commit("main", _read(directory))
@@ -255,7 +291,9 @@ class LoopbackHub:
         commit, files = found
         siblings = [{"rfilename": path} for path in files]
         value = {"_id": commit[:24], "id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings}
-        return Answer.json({**value, "private": False, "gated": False, "disabled": False, "tags": []})
+        card = files["README.md"].content.decode() if "README.md" in files else ""
+        shown = {"private": self._repos[repo_id].private, "cardData": _metadata(card)}
+        return Answer.json({**value, **shown, "gated": False, "disabled": False, "tags": []})
 
     def _tree(self, request: Request, repo_id: str, revision: str, folder: str) -> Answer:
         found = self._find(request, repo_id, revision)
@@ -277,7 +315,7 @@ class LoopbackHub:
 
     def _find(self, request: Request, repo_id: str, revision: str) -> tuple[str, _Commit] | Answer:
         repo = self._repos.get(repo_id)
-        if repo is None:
+        if repo is None or (repo.private and not self._may_write(request, repo_id)):
             # To whom is not logged in the Hub does not tell an absent repository from a private one.
             status = 404 if request.headers["Authorization"] else 401
             return Answer.error(status, "RepoNotFound", "Repository not found")
@@ -286,12 +324,184 @@ class LoopbackHub:
             return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit, repo.commits[commit]
 
+    # Uploads. Every route first asks who it is.
+
+    def _whoami(self, request: Request) -> Answer:
+        if request.token not in self._users:
+            return Answer.error(401, None, "Invalid credentials in Authorization header")
+        name, organizations = self._users[request.token]
+        orgs = [{"name": each} for each in sorted(organizations - {name})]
+        return Answer.json({"type": "user", "name": name, "orgs": orgs, "auth": {"accessToken": {"role": "write"}}})
+
+    def _may_write(self, request: Request, repo_id: str) -> bool:
+        return repo_id.partition("/")[0] in self._users.get(request.token, ("", set()))[1]
+
+    def _refused(self, request: Request, repo_id: str) -> Answer | None:
+        found = self._find(request, repo_id, "main")
+        if isinstance(found, Answer):
+            return found
+        return None if self._may_write(request, repo_id) else Answer.error(403, None, "You may not write here")
+
+    def _create(self, request: Request) -> Answer:
+        wanted = json.loads(request.body)
+        if request.token not in self._users:
+            return Answer.error(401, None, "Invalid credentials in Authorization header")
+        repo_id = f"{wanted['organization'] or self._users[request.token][0]}/{wanted['name']}"
+        if not self._may_write(request, repo_id):
+            return Answer.error(403, None, f"You don't have the rights to create a model under {repo_id}")
+        url = {"url": f"{self.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
+        if repo_id in self._repos:
+            return Answer.json({"error": "You already created this model repo", **url}, 409)
+        repo = self._repos[repo_id] = _Repo(private=wanted.get("visibility") == "private")
+        repo.commit("main", {".gitattributes": _File(".gitattributes", b"*.safetensors filter=lfs\n")})
+        return Answer.json(url)
+
+    def _validate_yaml(self, request: Request) -> Answer:
+        content = json.loads(request.body)["content"]
+        if not content.startswith("---\n"):
+            return Answer.json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
+        errors = [{"message": text} for text in _metadata_errors(_metadata(content))]
+        return Answer.json({"errors": errors, "warnings": []}, 400 if errors else 200)
+
+    def _preupload(self, request: Request, repo_id: str, revision: str) -> Answer:
+        found = self._find(request, repo_id, revision)
+        if isinstance(found, Answer):
+            return found
+        if "create_pr" not in request.query and (refused := self._refused(request, repo_id)):
+            return refused
+        described = []
+        for each in json.loads(request.body)["files"]:
+            lfs, there = Path(each["path"]).suffix in _LFS, found[1].get(each["path"])
+            oid = {} if there is None else {"oid": there.sha256 or there.blob_id}
+            mode = "lfs" if lfs else "regular"
+            described.append({"path": each["path"], "uploadMode": mode, "shouldIgnore": False, **oid})
+        return Answer.json({"files": described, "commitOid": found[0]})
+
+    def _batch(self, request: Request, repo_id: str) -> Answer:
+        wanted = json.loads(request.body)
+        if "ref" in wanted and not self._may_write(request, repo_id):  # without one it is for a pull request
+            return Answer.error(403, None, "You may not write here")
+        objects = []
+        for each in wanted["objects"]:
+            oid, size = each["oid"], each["size"]
+            if oid in self.objects:
+                objects.append({"oid": oid, "size": size})
+                continue
+            # As the Hub's own addresses do, they carry what gives access.
+            address = f"{self.endpoint}/lfs/{oid}"
+            upload: dict[str, Any] = {"href": f"{address}?X-Amz-Signature=signed"}
+            if self.part_bytes is not None and size > self.part_bytes:
+                count = -(-size // self.part_bytes)
+                parts = {str(n): f"{address}/{n}?X-Amz-Signature=signed" for n in range(1, count + 1)}
+                upload = {"href": f"{address}/complete", "header": {"chunk_size": str(self.part_bytes), **parts}}
+            actions = {"upload": upload, "verify": {"href": f"{address}/verify"}}
+            objects.append({"oid": oid, "size": size, "actions": actions})
+        return Answer.json({"transfer": "basic", "objects": objects})
+
+    def _put(self, request: Request, oid: str, part: str) -> Answer:
+        if request.query.get("X-Amz-Signature") != ["signed"]:
+            return Answer.error(403, None, "no signature")
+        if part:
+            self._parts[oid, int(part)] = request.body
+            return Answer(headers={"ETag": f'"{hashlib.md5(request.body).hexdigest()}"'})
+        return self._store(oid, request.body)
+
+    def _complete(self, request: Request, oid: str) -> Answer:
+        numbers = [part["partNumber"] for part in json.loads(request.body)["parts"]]
+        return self._store(oid, b"".join(self._parts[oid, number] for number in numbers))
+
+    def _store(self, oid: str, content: bytes) -> Answer:
+        if hashlib.sha256(content).hexdigest() != oid:
+            return Answer.error(400, None, "the content has another hash")
+        self.objects[oid] = content
+        return Answer()
+
+    def _verify(self, request: Request, oid: str) -> Answer:
+        whole = oid in self.objects and len(self.objects[oid]) == json.loads(request.body)["size"]
+        return Answer.json({}) if whole else Answer.error(404, None, "no such object")
+
+    def _commit(self, request: Request, repo_id: str, revision: str) -> Answer:
+        found = self._find(request, repo_id, revision)
+        if isinstance(found, Answer):
+            return found
+        repo, (parent, files) = self._repos[repo_id], found
+        is_pr = request.query.get("create_pr") == ["1"]
+        if not is_pr and (refused := self._refused(request, repo_id)):
+            return refused
+        files = dict(files)
+        for line in request.body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "header" and value.get("parentCommit", parent) != parent:
+                return Answer.error(412, None, "A commit has happened since")
+            if entry["key"] == "file":
+                files[value["path"]] = _File(value["path"], base64.b64decode(value["content"]))
+            if entry["key"] == "lfsFile":
+                if value["oid"] not in self.objects:
+                    return Answer.error(400, None, "LFS pointer pointed to a file that does not exist")
+                files[value["path"]] = _File(value["path"], self.objects[value["oid"]])
+        pulls = sum(ref.startswith("refs/pr/") for ref in repo.refs)
+        ref = f"refs/pr/{pulls + 1}" if is_pr else revision or "main"
+        commit = repo.commit(ref, files)
+        value = {"success": True, "commitOid": commit, "commitUrl": f"{self.endpoint}/{repo_id}/commit/{commit}"}
+        pr = {"pullRequestUrl": f"{self.endpoint}/{repo_id}/discussions/{pulls + 1}"} if is_pr else {}
+        return Answer.json(value | pr)
+
+    def _branch(self, request: Request, repo_id: str, revision: str) -> Answer:
+        if refused := self._refused(request, repo_id):
+            return refused
+        repo = self._repos[repo_id]
+        if revision in repo.refs:
+            return Answer.error(409, None, "Reference already exists")
+        repo.refs[revision] = repo.refs["main"]
+        return Answer.json({})
+
+
+def _metadata(card: str) -> Any:
+    """The metadata of a README.md; None without any, and a string for what is no YAML."""
+    match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    try:
+        return None if match is None else yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        return str(error)
+
+
+def _metadata_errors(metadata: Any) -> list[str]:
+    """What the Hub's own validation would refuse, in so far as this suite could get it wrong."""
+    if not isinstance(metadata, dict):
+        return ["the metadata are no YAML map"]
+    errors = []
+    if metadata.get("license", "unknown") not in _LICENSES:
+        errors.append('"license" must be one of the known ones')
+    bases = metadata.get("base_model", [])
+    if not all(re.fullmatch(r"[\w.-]+/[\w.-]+", base) for base in ([bases] if isinstance(bases, str) else bases)):
+        errors.append('"base_model" must be the id of a model')
+    if metadata.get("base_model_relation", "adapter") not in _RELATIONS:
+        errors.append('"base_model_relation" must be one of adapter, merge, quantized, finetune')
+    if not all(isinstance(tag, str) for tag in metadata.get("tags", [])):
+        errors.append('"tags" must be an array of strings')
+    if not all(isinstance(metadata.get(name, ""), str) for name in ("library_name", "pipeline_tag", "license_name")):
+        errors.append("must be a string")
+    if "base_model_relation" in metadata and "base_model" not in metadata:
+        errors.append('"base_model_relation" without "base_model"')
+    return errors
+
 
 _REPO = r"(?P<repo_id>[^/]+/[^/]+)"
 _ROUTES = [
     ("GET", re.compile(rf"/api/models/{_REPO}(/revision/(?P<revision>[^/]+))?"), "_model_info"),
     ("GET", re.compile(rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?"), "_tree"),
     ("GET HEAD", re.compile(rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"), "_resolve"),
+    ("GET", re.compile(r"/api/whoami-v2"), "_whoami"),
+    ("POST", re.compile(r"/api/repos/create"), "_create"),
+    ("POST", re.compile(r"/api/validate-yaml"), "_validate_yaml"),
+    ("POST", re.compile(rf"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)"), "_preupload"),
+    ("POST", re.compile(rf"/{_REPO}\.git/info/lfs/objects/batch"), "_batch"),
+    ("PUT", re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})(/(?P<part>\d+))?"), "_put"),
+    ("POST", re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})/complete"), "_complete"),
+    ("POST", re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})/verify"), "_verify"),
+    ("POST", re.compile(rf"/api/models/{_REPO}/commit/(?P<revision>[^/]+)"), "_commit"),
+    ("POST", re.compile(rf"/api/models/{_REPO}/branch/(?P<revision>[^/]+)"), "_branch"),
 ]
 
 
@@ -327,9 +537,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def handle_any(self) -> None:
-        target = urlsplit(self.path).path
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        sent = self.server.hub.answer(Request(self.command, unquote(target), self.headers, body, target))
+        target = urlsplit(self.path)
+        request = Request(
+            self.command, unquote(target.path), self.headers, self._body(), target.path, parse_qs(target.query)
+        )
+        sent = self.server.hub.answer(request)
         if sent is None:
             self.close_connection = True
             return
@@ -342,6 +554,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         if self.command != "HEAD":
             self.wfile.write(answer.body[:cut_after])
+
+    def _body(self) -> bytes:
+        if "chunked" not in (self.headers["Transfer-Encoding"] or ""):
+            return self.rfile.read(int(self.headers["Content-Length"] or 0))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
