@@ -25,6 +25,7 @@ COMMANDS = {
     "extract": "Find the adapter between two checkpoints.",
     "inspect": "Say what a directory is, and what a rank costs.",
     "verify": "Check that nothing was lost.",
+    "push": "Push a result to the Hugging Face Hub, with a card.",
 }
 
 INTERRUPTED = 130

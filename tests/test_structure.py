@@ -32,8 +32,9 @@ FLOORS = [
         "training.layers",
         "training.data",
         "training.loading",
+        "card",
     },
-    {"training.trainer", "training.generate"},
+    {"training.trainer", "training.generate", "push"},
     {"peft_plugin"},
 ]
 ENTRY_POINTS = {"", "surgery", "training", "__main__"}  # packages hold no code; __main__ starts the command line
