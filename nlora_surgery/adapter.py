@@ -40,6 +40,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterLayout",
     "ModuleShape",
+    "adapter_task_type",
     "check_base",
     "pattern_for",
     "plan_adapter_file",
@@ -71,6 +72,15 @@ def task_type_of(config: Mapping[str, Any]) -> str | None:
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     return next((task for suffix, task in _TASKS if name.endswith(suffix)), None)
+
+
+def adapter_task_type(config: Mapping[str, Any]) -> str | None:
+    """`task_type_of` for an adapter without the model's head.
+
+    None for classifiers and the like: by their task types PEFT would look for a trained head in the adapter.
+    """
+    task = task_type_of(config)
+    return task if task in {"CAUSAL_LM", "SEQ_2_SEQ_LM"} else None
 
 
 def tensor_name(module: str, part: str) -> str:

@@ -36,6 +36,11 @@ __all__ = [
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
+# State-space layers: transformers reads dt_proj.weight, and its fused kernels those of x_proj and out_proj, past any
+# adapter around the module. PEFT refuses out_proj for that.
+_MAMBA_FAMILIES = {"bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h", "zamba", "zamba2"}
+_READ_PAST_ADAPTERS = {"dt_proj", "out_proj", "x_proj"}
+
 # How PEFT takes fused experts: as (experts, in, out) where the class of transformers says `is_transposed`, else as
 # (experts, out, in). Llama 4 lies as (experts, in, out) too, but its class does not say so; then PEFT's lora_A belongs
 # to the last dimension there as well, and so does ours.
@@ -175,7 +180,8 @@ def choose_targets(
         patterns: module names (`q_proj`, `self_attn.q_proj`: whole path components from the end, or if there are
             none such, anywhere: `vision_tower`, `experts`), regular expressions for the whole module path, or
             `all-linear` (every linear but embeddings, routers and head). Empty means every linear weight inside the
-            numbered blocks but routers, fused experts included.
+            numbered blocks, fused experts included, but routers, layers that transformers does not build, and
+            what Mamba's kernels read past an adapter: of its linears in_proj is left.
         exclude: names or regular expressions likewise, taken away again.
 
     Raises:
@@ -189,7 +195,7 @@ def choose_targets(
         chosen = {
             name
             for name, module in modules.items()
-            if _in_block(module) and not _special(module) and not beyond(module)
+            if _in_block(module) and not _special(module) and not beyond(module) and not _is_past(checkpoint, module)
         }
         if not chosen:
             raise TargetError(
@@ -403,6 +409,11 @@ def _is_linear(info: TensorInfo) -> bool:
 
 def _in_block(module: str) -> bool:
     return any(part.isdigit() for part in module.split(".")[:-1])
+
+
+def _is_past(checkpoint: Checkpoint, module: str) -> bool:
+    """Whether the weight would be read past its adapter."""
+    return bool(_families(checkpoint) & _MAMBA_FAMILIES) and module.rpartition(".")[2] in _READ_PAST_ADAPTERS
 
 
 def _layers_beyond(checkpoint: Checkpoint) -> Callable[[str], bool]:

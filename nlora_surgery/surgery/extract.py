@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlora_surgery.adapter import FINGERPRINT_KEY, AdapterConfig, ModuleShape, task_type_of, tensor_name
+from nlora_surgery.adapter import FINGERPRINT_KEY, AdapterConfig, ModuleShape, adapter_task_type, tensor_name
 from nlora_surgery.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -39,7 +39,7 @@ from nlora_surgery.factor import (
 from nlora_surgery.manifest import identify, write_manifest
 from nlora_surgery.options import ADAPTER_DTYPES
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
-from nlora_surgery.targets import is_conv1d, refuse_quantized, target_modules_for
+from nlora_surgery.targets import is_conv1d, module_path, refuse_quantized, target_modules_for
 
 __all__ = ["ExtractOptions", "ExtractPlan", "extract", "plan_extract"]
 
@@ -158,7 +158,7 @@ def plan_extract(
     for name in changed:
         before, after = source.tensors[name], result.tensors[name]
         if _is_factorable(before, after):
-            module = name.removesuffix(".weight")
+            module = module_path(source, name)
             out_features, in_features = before.shape[::-1] if is_conv1d(source, module) else before.shape
             modules[name] = ModuleShape(module, out_features, in_features, min(options.rank, *before.shape))
         else:
@@ -445,7 +445,7 @@ def _config(
         target_modules=target_modules_for(paths, source) if paths else [],
         fan_in_fan_out=bool(paths) and all(is_conv1d(source, path) for path in paths),
         base_model_name_or_path=base_name,
-        task_type=task_type_of(source.config),
+        task_type=adapter_task_type(source.config),
         base_fingerprint=fingerprint,
         extra={"modules_to_save": saved} if saved else {},
     )

@@ -17,8 +17,8 @@ from nlora_surgery.adapter import (
     AdapterConfig,
     AdapterLayout,
     ModuleShape,
+    adapter_task_type,
     plan_adapter_file,
-    task_type_of,
 )
 from nlora_surgery.checkpoint import (
     ADAPTER_CONFIG,
@@ -457,7 +457,7 @@ def _adapter_config(
         alpha_pattern={name: alpha * r / options.rank for name, r in ranks.items()},
         fan_in_fan_out=all(target.fan_in_fan_out and target.experts is None for target in targets),
         base_model_name_or_path=base_name,
-        task_type=task_type_of(source.config),
+        task_type=adapter_task_type(source.config),
         residual=options.residual if options.three_matrix and options.factor.method not in STARTS_AT_ZERO else None,
         target_parameters=target_parameters_for([t.module for t in targets if t.experts is not None], source),
         extra=extra,

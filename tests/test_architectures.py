@@ -1,0 +1,452 @@
+"""Every architecture as it lies on disk: one line of the table each, tiny random models that transformers makes.
+
+Oracles: the linear layers of the model's class for the targets; transformers' own loading and the bound of `verify` for
+init; stock PEFT, computing in fp64, for merge; the original's outputs for adapters that stock PEFT loads.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nlora_surgery.adapter import Adapter
+from nlora_surgery.checkpoint import Checkpoint
+from nlora_surgery.options import FactorOptions
+from nlora_surgery.surgery.convert import ConvertOptions, convert, plan_convert
+from nlora_surgery.surgery.merge import merge, plan_merge
+from nlora_surgery.surgery.prepare import InitOptions, plan_init, prepare
+from nlora_surgery.surgery.verify import _calls, verify, verify_logits
+from nlora_surgery.targets import choose_targets, module_kind
+from tests.adapters import checkpoint_tensors, edit_config
+from tests.checkpoints import write_checkpoint
+from tests.test_merge import assert_rounded
+
+RANK = 4
+MISSING = 0  # families of the table whose class this transformers lacks
+
+
+@dataclass(frozen=True)
+class Family:
+    """A line of the table.
+
+    Attributes:
+        config, sizes: of the tiny model.
+        model: its class.
+        kinds: the module kinds that init adapts, braces expanded.
+        fused: written under the names of the model's class, as a checkpoint that was never converted would be:
+            experts fused, new prefixes.
+        not_by_peft: what init has to leave out (`--exclude`) for an adapter that stock PEFT loads.
+    """
+
+    config: str
+    sizes: Mapping[str, Any]
+    model: str
+    kinds: str
+    fused: bool = False
+    not_by_peft: tuple[str, ...] = ()
+
+    @property
+    def expected_kinds(self) -> set[str]:
+        return {kind for word in self.kinds.split() for kind in _braces(word)}
+
+    @cached_property
+    def classes(self) -> tuple[Any, Any] | None:
+        found = getattr(transformers, self.config, None), getattr(transformers, self.model, None)
+        return None if None in found else found
+
+
+def _braces(word: str) -> Iterator[str]:
+    parts = [part.split(",") for part in re.split(r"[{}]", word)]
+    yield from map("".join, product(*parts))
+
+
+LLAMA = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+HEADS = {**LLAMA, "head_dim": 8}
+BERT = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+DEBERTA = {
+    **BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
+    "norm_rel_ebd": "layer_norm", "position_buckets": 8, "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+WHISPER = {
+    "vocab_size": 96, "num_mel_bins": 8, "encoder_layers": 2, "encoder_attention_heads": 4, "decoder_layers": 2,
+    "d_model": 32,
+    "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "max_source_positions": 16,
+    "pad_token_id": 0,
+    "max_target_positions": 32, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+LLAVA = {
+    "text_config": {**LLAMA, "model_type": "llama"}, "vision_config": {**VISION, "model_type": "clip_vision_model"},
+    "image_token_index": 90,
+}  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+QWEN_VL = {
+    "text_config": {**LLAMA, "rope_parameters": ROPE},
+    "vision_config": {
+        "depth": 2, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "patch_size": 4, "mlp_ratio": 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "in_channels": 3,
+    },
+    "image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93,
+}  # fmt: skip
+QWEN_MOE = {**HEADS, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    **LLAMA, "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+
+ATTENTION, MLP = "self_attn.{q,k,v,o}_proj", "mlp.{gate,up,down}_proj"
+DECODER = f"{ATTENTION} {MLP}"
+ENCODER = "attention.self.{query,key,value} attention.output.dense intermediate.dense output.dense"
+FAIRSEQ = "self_attn.{q,k,v,out}_proj fc{1,2}"
+CLIP = "self_attn.{q,k,v,out}_proj mlp.fc{1,2}"
+VIT = "attention.attention.{query,key,value} attention.output.dense intermediate.dense output.dense"
+EXPERTS = "mlp.experts.{gate_up,down}_proj"
+NEOX = "attention.{query_key_value,dense} mlp.dense_{h_to_4h,4h_to_h}"
+# Names that PEFT 0.21 takes for those of experts that transformers fuses, wherever they stand: in shared experts they
+# cannot be adapted besides. For Qwen2-MoE it renames the keys of experts, but not the targets in the configuration.
+TAKEN = ("gate_proj", "up_proj", "down_proj")
+NOT_ADAPTED = r"(router|gate|mixer\.(x|dt|out)_proj)$"  # routers, and what Mamba reads past the module
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaConfig", LLAMA, "LlamaForCausalLM", DECODER),
+    "llama, classifier": Family("LlamaConfig", LLAMA, "LlamaForSequenceClassification", DECODER),
+    "mistral": Family("MistralConfig", LLAMA, "MistralForCausalLM", DECODER),
+    "qwen2": Family("Qwen2Config", LLAMA, "Qwen2ForCausalLM", DECODER),
+    "qwen3": Family("Qwen3Config", HEADS, "Qwen3ForCausalLM", DECODER),
+    "gemma2": Family("Gemma2Config", HEADS, "Gemma2ForCausalLM", DECODER),
+    "gemma3": Family("Gemma3TextConfig", HEADS, "Gemma3ForCausalLM", DECODER),
+    "phi3": Family("Phi3Config", LLAMA, "Phi3ForCausalLM", "self_attn.{qkv,o}_proj mlp.{gate_up,down}_proj"),
+    "gpt_neox": Family("GPTNeoXConfig", BERT, "GPTNeoXForCausalLM", NEOX),
+    "gpt2": Family(
+        "GPT2Config", {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}, "GPT2LMHeadModel",
+        "attn.c_{attn,proj} mlp.c_{fc,proj}",
+    ),
+    "opt": Family(
+        "OPTConfig",
+        {"vocab_size": 96, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "max_position_embeddings": 64, "word_embed_proj_dim": 24},
+        "OPTForCausalLM", FAIRSEQ,
+    ),
+    "falcon": Family(
+        "FalconConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "FalconForCausalLM", "self_attention.{query_key_value,dense} mlp.dense_{h_to_4h,4h_to_h}",
+    ),
+    "olmo": Family("OlmoConfig", LLAMA, "OlmoForCausalLM", DECODER),
+    "olmo2": Family("Olmo2Config", LLAMA, "Olmo2ForCausalLM", DECODER),
+    "bert": Family("BertConfig", BERT, "BertForMaskedLM", ENCODER),
+    "bert, classifier": Family("BertConfig", BERT, "BertForSequenceClassification", ENCODER),
+    "bert, answers": Family("BertConfig", BERT, "BertForQuestionAnswering", ENCODER),
+    "roberta": Family("RobertaConfig", BERT, "RobertaForSequenceClassification", ENCODER),
+    "deberta-v3": Family(
+        "DebertaV2Config", DEBERTA, "DebertaV2ForSequenceClassification",
+        "attention.self.{query,key,value}_proj attention.output.dense intermediate.dense output.dense",
+    ),
+    "t5, gated": Family(
+        "T5Config",
+        {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+             "decoder_start_token_id": 0},
+        "T5ForConditionalGeneration", "{SelfAttention,EncDecAttention}.{q,k,v,o} DenseReluDense.{wi_0,wi_1,wo}",
+    ),
+    "whisper": Family(
+        "WhisperConfig", WHISPER, "WhisperForConditionalGeneration", f"{FAIRSEQ} encoder_attn.{{q,k,v,out}}_proj"
+    ),
+    "vit": Family("ViTConfig", VISION, "ViTForImageClassification", VIT),
+    "vit, new names": Family(
+        "ViTConfig", VISION, "ViTForImageClassification", "attention.{q,k,v,o}_proj mlp.fc{1,2}", fused=True
+    ),
+    "deit": Family("DeiTConfig", VISION, "DeiTForImageClassification", VIT),
+    "clip": Family("CLIPConfig", {"text_config": BERT, "vision_config": VISION, "projection_dim": 24}, "CLIPModel",
+    CLIP),
+    "llava": Family("LlavaConfig", LLAVA, "LlavaForConditionalGeneration", f"{DECODER} {CLIP}"),
+    "llava, new names": Family(
+        "LlavaConfig", LLAVA, "LlavaForConditionalGeneration", f"{DECODER} {CLIP}", fused=True
+    ),
+    "gemma3, images": Family(
+        "Gemma3Config",
+        {"text_config": HEADS, "vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 90},
+        "Gemma3ForConditionalGeneration", f"{DECODER} {CLIP}",
+    ),
+    "qwen2_vl": Family(
+        "Qwen2VLConfig", QWEN_VL, "Qwen2VLForConditionalGeneration", f"{DECODER} attn.{{qkv,proj}} mlp.fc{{1,2}}"
+    ),
+    "qwen2_vl, new names": Family(
+        "Qwen2VLConfig", QWEN_VL, "Qwen2VLForConditionalGeneration", f"{DECODER} attn.{{qkv,proj}} mlp.fc{{1,2}}",
+        fused=True,
+    ),
+    "mamba": Family(
+        "MambaConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        "MambaForCausalLM",
+        "mixer.in_proj",
+    ),
+    "mamba2": Family(
+        "Mamba2Config",
+        {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "num_heads": 8, "head_dim": 8,
+        "n_groups": 1},
+        "Mamba2ForCausalLM", "mixer.in_proj",
+    ),
+    "mixtral": Family(
+        "MixtralConfig", {**LLAMA, "num_local_experts": 4}, "MixtralForCausalLM", f"{ATTENTION} w{{1,2,3}}"
+    ),
+    "mixtral, fused": Family(
+        "MixtralConfig", {**LLAMA, "num_local_experts": 4}, "MixtralForCausalLM", f"{ATTENTION} {EXPERTS}", fused=True
+    ),
+    "qwen3_moe": Family("Qwen3MoeConfig", QWEN_MOE, "Qwen3MoeForCausalLM", f"{ATTENTION} {{gate,up,down}}_proj"),
+    "qwen3_moe, fused": Family(
+        "Qwen3MoeConfig", QWEN_MOE, "Qwen3MoeForCausalLM", f"{ATTENTION} {EXPERTS}", fused=True
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeConfig", {**QWEN_MOE, "shared_expert_intermediate_size": 24}, "Qwen2MoeForCausalLM",
+        f"{ATTENTION} {{gate,up,down}}_proj mlp.shared_expert.{{gate,up,down}}_proj", not_by_peft=("experts",),
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3Config", DEEPSEEK, "DeepseekV3ForCausalLM",
+        f"self_attn.{{q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj}} {MLP} {{gate,up,down}}_proj "
+        "mlp.shared_experts.{gate,up,down}_proj", not_by_peft=("shared_experts", r".*layers\.0\.mlp\..*"),
+    ),
+    "gpt_oss": Family(
+        "GptOssConfig", {**HEADS, "num_local_experts": 4}, "GptOssForCausalLM", f"{ATTENTION} {EXPERTS}"
+    ),
+    "gpt_oss, square": Family(
+        "GptOssConfig", {**HEADS, "num_local_experts": 4, "intermediate_size": 32}, "GptOssForCausalLM",
+        f"{ATTENTION} {EXPERTS}",
+    ),
+    "llama4": Family(
+        "Llama4TextConfig", {**HEADS, "num_local_experts": 4, "intermediate_size_mlp": 24}, "Llama4ForCausalLM",
+        f"{ATTENTION} feed_forward.experts.{{gate_up,down}}_proj feed_forward.shared_expert.{{gate,up,down}}_proj",
+    ),
+}  # fmt: skip
+
+
+def test_every_class_is_there() -> None:
+    """Lines of the table that are skipped are counted."""
+    assert sum(family.classes is None for family in FAMILIES.values()) == MISSING
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The directory of a family's model in a dtype, written once."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(name: str, dtype: torch.dtype) -> Path:
+        if FAMILIES[name].classes is None:
+            pytest.skip(f"transformers {transformers.__version__} has no {FAMILIES[name].model}")
+        if (name, dtype) not in made:
+            made[name, dtype] = _write(FAMILIES[name], tmp_path_factory.mktemp("model") / "model", dtype)
+        return made[name, dtype]
+
+    return get
+
+
+def _write(family: Family, directory: Path, dtype: torch.dtype) -> Path:
+    """A random model, no parameter of it zero, in small shards with every fifth tensor moved into the next one."""
+    assert family.classes is not None
+    config, model_class = family.classes
+    torch.manual_seed(0)
+    model = model_class(config(**family.sizes)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.08 * torch.randn(parameter.shape))
+    model.save_pretrained(directory, max_shard_size=40_000)
+    tensors = checkpoint_tensors(directory)
+    if family.fused:
+        own = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+        stored = {tensor.data_ptr() for tensor in own.values()}
+        assert not own.keys() <= tensors.keys(), "the class has no names of its own"
+        tensors = {n: t for n, t in own.items() if t.data_ptr() in stored and not stored.discard(t.data_ptr())}  # type: ignore[func-returns-value]
+    for path in directory.glob("model*.safetensors*"):
+        path.unlink()
+    count = max(2, sum(tensor.nbytes for tensor in tensors.values()) // 40_000)
+    shards: list[list[str]] = [[] for _ in range(count)]
+    for number, name in enumerate(tensors):
+        shard = number * count // len(tensors)
+        shards[(shard + (number % 5 == 0)) % count].append(name)
+    return write_checkpoint(directory, tensors, shards=shards)
+
+
+def _load(directory: Path, family: Family, dtype: torch.dtype = torch.float32) -> Any:
+    assert family.classes is not None
+    model, found = family.classes[1].from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    return model.eval()
+
+
+def _outputs(model: Any) -> Tensor:
+    """Everything that a model says to inputs that suit it, in one row."""
+    torch.manual_seed(0)
+    tokens = [torch.randint(3, 90, (1, 12)), torch.randint(3, 90, (1, 7))]
+    with torch.inference_mode():
+        values = [value for call in _calls(model, tokens) for value in call().values()]
+    return torch.cat([value.reshape(-1) for value in values if torch.is_tensor(value) and value.is_floating_point()])
+
+
+def _init(model: Path, out: Path, exclude: tuple[str, ...] = (), **options: Any) -> dict[str, Any]:
+    factor = FactorOptions(**options)
+    return prepare(plan_init(model, out, InitOptions(rank=RANK, factor=factor, alpha=2.0 * RANK, exclude=exclude)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_default_targets(name: str, models: Callable[..., Path]) -> None:
+    """The table, and the class's own linear layers inside numbered blocks as the oracle of count and orientation."""
+    family = FAMILIES[name]
+    directory = models(name, torch.bfloat16)
+    with Checkpoint.open(directory) as checkpoint:
+        assert len(checkpoint.files) > 1
+        targets = choose_targets(checkpoint, RANK)
+    assert {module_kind(target.tensor.removesuffix(".weight")) for target in targets} == family.expected_kinds
+    actual: Counter[tuple[int, int]] = Counter()
+    for target in targets:
+        actual[target.out_features, target.in_features] += target.experts or 1
+    assert actual == _shapes_of_the_class(_load(directory, family), fused=any(target.experts for target in targets))
+
+
+def _shapes_of_the_class(model: nn.Module, *, fused: bool) -> Counter[tuple[int, int]]:
+    """(out, in) of every linear layer, and every expert, inside numbered blocks; routers aside."""
+    shapes: Counter[tuple[int, int]] = Counter()
+    for path, module in model.named_modules():
+        numbered = re.search(r"\.\d+\.", path) is not None
+        if isinstance(module, nn.Linear) and numbered and not re.search(NOT_ADAPTED, path):
+            shapes[module.out_features, module.in_features] += 1
+        elif isinstance(module, Conv1D) and numbered:
+            shapes[module.nf, module.nx] += 1
+        elif path.endswith(".experts"):
+            in_out = getattr(module, "is_transposed", False)  # PEFT's own way to tell
+            for part, parts in (("gate_up_proj", 2), ("down_proj", 1)):
+                experts, *shape = getattr(module, part).shape
+                out_features, in_features = reversed(shape) if in_out else shape
+                split = 1 if fused else parts
+                shapes[out_features // split, in_features] += experts * split
+    return shapes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_init_verify_logits(name: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """The bound of every element, then outputs of both models by transformers; and both tell a wrong scaling."""
+    model, out = models(name, torch.bfloat16), tmp_path / "out"
+    manifest = _init(model, out, method="nystrom-optimal")
+    report = verify(out, model)
+    assert report.failures == []
+    assert len(report.modules) == len(manifest["modules"])
+    assert max(module["worst_share"] for module in report.modules) > 0.5  # the half ulp is used up somewhere
+    logits = verify_logits(out, model)
+    assert logits.passed, logits
+    assert logits.noise_rms > 0
+    edit_config(out / "adapter", lora_alpha=2.2 * RANK)
+    assert not verify_logits(out, model).passed
+    assert verify(out, model).failures
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merge_is_pefts(name: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """An adapter that stock PEFT makes of the class's layers; its merge in fp64, saved again, is the truth."""
+    family = FAMILIES[name]
+    base = models(name, torch.float32)
+    model = _load(base, family)
+    parameters = [f"experts.{part}" for part in ("gate_up_proj", "down_proj")]
+    experts = any(path.endswith(".experts") for path, _ in model.named_modules())
+    linears = [
+        path for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and re.search(r"\.\d+\.", path) and "mixer.out_proj" not in path
+    ]  # fmt: skip
+    if family.not_by_peft:
+        linears = [path for path in linears if not path.endswith(TAKEN)]
+    config = LoraConfig(
+        r=RANK, lora_alpha=6, target_modules=linears, target_parameters=parameters if experts else None,
+        fan_in_fan_out=linears[0].endswith("c_attn"),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    wrapped = get_peft_model(model, config)
+    with torch.no_grad():
+        for key, parameter in wrapped.named_parameters():
+            if "lora_B" in key:
+                parameter.copy_(0.1 * torch.randn(parameter.shape))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merge(plan_merge(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out"))
+    exact = PeftModel.from_pretrained(_load(base, family, torch.float64), str(tmp_path / "adapter"))
+    exact.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    merged, original, truth = map(checkpoint_tensors, (tmp_path / "out", base, tmp_path / "theirs"))
+    assert merged.keys() == original.keys() == truth.keys()
+    changed = set()
+    for key, tensor in merged.items():
+        if torch.equal(truth[key].double(), original[key].double()):
+            assert torch.equal(tensor, original[key]), key
+        else:
+            assert_rounded(tensor, truth[key].double(), key)
+            changed.add(key)
+    assert len(changed) >= len(linears)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_convert_there_and_back(name: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """Three matrices to two and back to three: the dense fp64 product of every module, and of every expert."""
+    _init(models(name, torch.bfloat16), tmp_path / "out", method="sketch")
+    start = tmp_path / "out" / "adapter"
+    convert(plan_convert(start, tmp_path / "lora", ConvertOptions(to="lora")))
+    convert(plan_convert(tmp_path / "lora", tmp_path / "back", ConvertOptions(to="slora")))
+    first, *others = (Adapter.open(path) for path in (start, tmp_path / "lora", tmp_path / "back"))
+    for other in others:
+        assert other.parts.keys() == first.parts.keys()
+        for module in first.parts:
+            expected, actual = (torch.matmul(*each.sides(module, torch.float64)) for each in (first, other))
+            # lora_B @ lora_N is rounded to fp32 once: 2^-24 of each of its r terms per entry of the product.
+            assert (expected - actual).abs().max() <= RANK * 2.0**-23 * max(1.0, float(expected.abs().max())), module
+
+
+@pytest.mark.parametrize("way", ["pissa", "converted"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stock_peft_loads(name: str, way: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """No key missing, none unexpected; the residual base under the adapter is the original, by its outputs."""
+    family = FAMILIES[name]
+    model, out = models(name, torch.float32), tmp_path / "out"
+    adapter = out / "adapter"
+    if way == "pissa":
+        _init(model, out, family.not_by_peft, method="pissa", two_matrix=True)
+    else:
+        _init(model, out, family.not_by_peft, method="sketch")
+        convert(plan_convert(adapter, tmp_path / "lora", ConvertOptions(to="lora")))
+        adapter = tmp_path / "lora"
+    expected, residual = _outputs(_load(model, family)), _load(out, family)
+    bare = _outputs(residual)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        wrapped = PeftModel.from_pretrained(residual, str(adapter))
+    assert not [str(each.message) for each in told if "adapter keys" in str(each.message)]
+    actual = _outputs(wrapped.base_model.model)
+    found = wrapped.load_adapter(str(adapter), "again")
+    assert [key for key in found.missing_keys if ".again." in key] == found.unexpected_keys == []
+    # fp32 against fp32: the residual is rounded once (2^-24 of entries of about 1), products are sums of at most 96
+    # terms through at most 4 layers: some 100 * 2^-24 of the outputs, which here are below 100; a module that is
+    # left out moves them by far more.
+    scale = max(1.0, float(expected.abs().max()))
+    assert (actual - expected).abs().max() <= 1e-4 * scale
+    assert (bare - expected).abs().max() > 1e-2 * scale
