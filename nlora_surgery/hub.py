@@ -417,16 +417,19 @@ def _explain(error: BaseException, absent: str, limit: float) -> tuple[str, Base
 
 def _refusal(error: Any) -> str:
     """What an answer that is an error means for the user."""
-    status = error.response.status_code
+    said = " ".join(str(error.server_message or "").split()).rstrip(".")
+    return _meaning(error.response.status_code, error.response.headers.get("Retry-After", ""), said)
+
+
+def _meaning(status: int, wait: str = "", said: str = "") -> str:
+    """What a status means for the user, with how long to wait and what the Hub said, where that is known."""
     if status in {401, 403}:
         return f"the Hub refuses access with status {status}; log in with `hf auth login`, or correct HF_TOKEN"
     if status == 429:
-        wait = error.response.headers.get("Retry-After", "")
         when = f"in {wait} seconds" if wait.isdigit() else "in some minutes"
         return f"the Hub takes no more requests for now (status 429); run the same command again {when}"
     if status in {409, 412}:
         return f"the repository changed meanwhile (status {status}); run the same command again"
-    said = " ".join(str(error.server_message or "").split()).rstrip(".")
     if status == 400 and said:
         return f"the Hub does not take the request (status 400): {said[:200]}"
     return f"the Hub answered with status {status}; try again later"
@@ -446,6 +449,8 @@ def _breakage(error: BaseException, limit: float) -> str:
             f"the Hub has been silent for {limit:g} seconds; check the network and run the same command again, or set "
             "HF_HUB_DOWNLOAD_TIMEOUT to more"
         )
+    if status := re.search(r"HTTP status \w+ error \((\d{3})", str(error)):  # so the library for Xet says it
+        return _meaning(int(status[1]))
     if isinstance(error, OSError) and error.strerror:  # of the cache: a full disk, a folder that is not ours
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, ValueError) and str(error).startswith("Invalid metadata"):

@@ -2,7 +2,8 @@
 
 A test adds repositories from local directories and users with `add_repo` and `add_user`, points `HF_ENDPOINT` at
 `LoopbackHub.endpoint`, and reads from `LoopbackHub.requests` what the client asked for, and from `contents` what a
-repository holds. `LoopbackHub.fail` makes chosen requests go wrong. Uploads go by LFS, not by Xet.
+repository holds. `LoopbackHub.fail` makes chosen requests go wrong. Large files go by LFS; by Xet where
+`LoopbackHub.xet` names a directory, in which the client's own library for it then plays the storage server.
 
 Each route is a method from a request to an `Answer` and stands in `_ROUTES`; the handler below only moves
 bytes. Repositories are commits of immutable files under named references, so that a route which takes
@@ -15,6 +16,7 @@ import base64
 import hashlib
 import json
 import re
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -84,23 +86,32 @@ class Answer:
 
 
 class _File:
-    """The content of a file in a commit, with the hashes that the Hub names it by."""
+    """The content of a file in a commit, with the hashes that the Hub names it by; by Xet, the hashes alone."""
 
     def __init__(self, path: str, content: bytes) -> None:
         self.content = content
+        self.size = len(content)
         self.blob_id = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         self.sha256 = hashlib.sha256(content).hexdigest() if Path(path).suffix in _LFS else None
+        self.xet_hash: str | None = None
+
+    @classmethod
+    def in_xet(cls, path: str, sha256: str, size: int, xet_hash: str) -> _File:
+        file = cls(path, sha256.encode())
+        file.content, file.sha256, file.size, file.xet_hash = b"", sha256, size, xet_hash
+        return file
 
     @property
     def headers(self) -> dict[str, str]:
         if self.sha256 is None:
             return {"ETag": f'"{self.blob_id}"'}
         quoted = f'"{self.sha256}"'
-        return {"ETag": quoted, "X-Linked-Etag": quoted, "X-Linked-Size": str(len(self.content))}
+        xet = {} if self.xet_hash is None else {"X-Xet-Hash": self.xet_hash}
+        return {"ETag": quoted, "X-Linked-Etag": quoted, "X-Linked-Size": str(self.size), **xet}
 
     def entry(self, path: str) -> dict[str, Any]:
         """The file in an answer of `tree`."""
-        size = len(self.content)
+        size = self.size
         lfs = {} if self.sha256 is None else {"lfs": {"oid": self.sha256, "size": size, "pointerSize": 130}}
         return {"type": "file", "path": path, "size": size, "oid": self.blob_id, **lfs}
 
@@ -145,12 +156,14 @@ class LoopbackHub:
         requests: every request in the order of arrival, the ones that were made to fail too.
         objects: what was uploaded to LFS, by SHA-256, committed or not.
         part_bytes: size of the parts in which LFS takes larger files; None takes each whole.
+        xet: directory for what is uploaded by Xet.
     """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.objects: dict[str, bytes] = {}
         self.part_bytes: int | None = None
+        self.xet: Path | None = None
         self._parts: dict[tuple[str, int], bytes] = {}
         self._users: dict[str, tuple[str, set[str]]] = {}
         self._repos: dict[str, _Repo] = {}
@@ -311,6 +324,8 @@ class LoopbackHub:
         if path not in files:
             return Answer.error(404, "EntryNotFound", "Entry not found", headers)
         headers |= {"Content-Type": "application/octet-stream", **files[path].headers}
+        if files[path].xet_hash is not None:
+            headers["X-Xet-Refresh-Route"] = f"{self.endpoint}/api/models/{repo_id}/xet-read-token/{commit}"
         return _part(request, headers, files[path].content)
 
     def _find(self, request: Request, repo_id: str, revision: str) -> tuple[str, _Commit] | Answer:
@@ -437,15 +452,32 @@ class LoopbackHub:
             if entry["key"] == "file":
                 files[value["path"]] = _File(value["path"], base64.b64decode(value["content"]))
             if entry["key"] == "lfsFile":
-                if value["oid"] not in self.objects:
+                file = self._uploaded(value)
+                if file is None:
                     return Answer.error(400, None, "LFS pointer pointed to a file that does not exist")
-                files[value["path"]] = _File(value["path"], self.objects[value["oid"]])
+                files[value["path"]] = file
         pulls = sum(ref.startswith("refs/pr/") for ref in repo.refs)
         ref = f"refs/pr/{pulls + 1}" if is_pr else revision or "main"
         commit = repo.commit(ref, files)
         value = {"success": True, "commitOid": commit, "commitUrl": f"{self.endpoint}/{repo_id}/commit/{commit}"}
         pr = {"pullRequestUrl": f"{self.endpoint}/{repo_id}/discussions/{pulls + 1}"} if is_pr else {}
         return Answer.json(value | pr)
+
+    def _uploaded(self, pointer: Mapping[str, Any]) -> _File | None:
+        path, oid = pointer["path"], pointer["oid"]
+        if oid in self.objects:
+            return _File(path, self.objects[oid])
+        xet_hash = None if self.xet is None else _xet_hashes(self.xet).get(oid)
+        return None if xet_hash is None else _File.in_xet(path, oid, pointer["size"], xet_hash)
+
+    def _xet_token(self, request: Request, kind: str, repo_id: str, revision: str) -> Answer:
+        if self.xet is None:
+            return Answer.error(404, None, "no such address")
+        if kind == "write" and "create_pr" not in request.query and (refused := self._refused(request, repo_id)):
+            return refused
+        storage, token, end = f"local://{self.xet}", "xet-token", 4102444800
+        headers = {"X-Xet-Cas-Url": storage, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(end)}
+        return Answer.json({"casUrl": storage, "accessToken": token, "exp": end}, headers=headers)
 
     def _branch(self, request: Request, repo_id: str, revision: str) -> Answer:
         if refused := self._refused(request, repo_id):
@@ -455,6 +487,29 @@ class LoopbackHub:
             return Answer.error(409, None, "Reference already exists")
         repo.refs[revision] = repo.refs["main"]
         return Answer.json({})
+
+
+def _xet_hashes(directory: Path) -> dict[str, str]:
+    """The name in Xet of every file in its storage, by SHA-256, from its shards.
+
+    A shard has a header of 48 bytes, then for each file a record of 48 (its hash, flags, count of entries), the entries
+    and as many verifications, and the SHA-256 where the flags say so; a record of ones ends it. Hashes are four
+    little-endian numbers of 64 bits (https://huggingface.co/docs/xet/shard).
+    """
+    found = {}
+    for path in directory.rglob("*.mdb"):
+        shard, position = path.read_bytes(), 48
+        while (name := shard[position : position + 32]) != b"\xff" * 32:
+            flags, count = struct.unpack_from("<II", shard, position + 32)
+            position += 48 * (1 + count * (2 if flags >> 31 else 1))
+            if flags >> 30 & 1:
+                found[_hex(shard[position : position + 32])] = _hex(name)
+                position += 48
+    return found
+
+
+def _hex(four: bytes) -> str:
+    return "".join(f"{number:016x}" for number in struct.unpack("<4Q", four))
 
 
 def _metadata(card: str) -> Any:
@@ -501,6 +556,7 @@ _ROUTES = [
     ("POST", re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})/complete"), "_complete"),
     ("POST", re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})/verify"), "_verify"),
     ("POST", re.compile(rf"/api/models/{_REPO}/commit/(?P<revision>[^/]+)"), "_commit"),
+    ("GET", re.compile(rf"/api/models/{_REPO}/xet-(?P<kind>read|write)-token/(?P<revision>[^/]+)"), "_xet_token"),
     ("POST", re.compile(rf"/api/models/{_REPO}/branch/(?P<revision>[^/]+)"), "_branch"),
 ]
 

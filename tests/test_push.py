@@ -240,6 +240,28 @@ def test_a_push_that_broke_off_goes_on(hub: LoopbackHub, made: Path, push: Pushe
     assert [line for line in sent(hub) if line.startswith("PUT")] == [f"PUT /lfs/{oid}"]
 
 
+def test_by_xet(hub: LoopbackHub, made: Path, push: Pusher, run: Runner, tmp_path: Path) -> None:
+    """The storage server is a directory, which the client's own library for Xet writes and reads."""
+    hub.xet = tmp_path / "xet"
+    hub.add_repo("org/base", made / "base")
+    xet = {"HF_HUB_DISABLE_XET": "0"}
+    result = push(made / "baked", "org/out", **xet)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [request for request in hub.requests if request.method == "PUT"] == []
+    fetched = run(FETCH, "org/out", HF_TOKEN=TOKEN, **xet)
+    assert fetched.returncode == 0, fetched.stderr
+    down, local = contents(Path(fetched.stdout.removesuffix("\n"))), contents(made / "baked")
+    weights = [name for name in local if name.endswith(".safetensors")]
+    assert len(weights) == 5
+    assert [name for name in weights if down[name] != local[name]] == []
+
+    hub.requests.clear()
+    assert push(made / "baked", "org/out", **xet).stdout.startswith("Nothing had to be sent")
+    assert sent(hub) == []
+    hub.fail("*/xet-write-token/*", status=403)
+    assert_one_sentence(push(made / "baked", "org/other", **xet), 11, "cannot push to org/other: ", "403", "HF_TOKEN")
+
+
 def hub_oid(path: Path) -> str:
     import hashlib
 
