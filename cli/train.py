@@ -97,7 +97,7 @@ def command(
     from nlora_surgery_cli.options import locate_base_and_adapter
 
     from nlora_surgery.training.data import DataOptions
-    from nlora_surgery.training.trainer import TrainOptions, evaluate, train
+    from nlora_surgery.training.trainer import TrainOptions, evaluate, join_processes, train
 
     quiet_transformers()
     layout = DataOptions(prompt_field, completion_field, template, max_length, too_long)
@@ -113,6 +113,7 @@ def command(
     if method is not None:
         if found is not None:
             raise OptionError(f"{model} has an adapter already; leave --init away to train that")
+        join_processes(train_options.device)
         found = _start(model, base, out, method, rank, targets, resume=resume, overwrite=overwrite)
     if found is None:
         raise AdapterError(

@@ -254,24 +254,15 @@ def test_killed_and_resumed_gives_the_same_bits(
     assert losses(run) == losses(whole)
 
 
+@pytest.mark.parametrize("start", ["prepared", "init"])
 def test_two_processes_learn_what_one_with_twice_the_batch_does(
-    surgery: Callable[..., Any], prepared: Path, data: Path, tmp_path: Path
+    surgery: Callable[..., Any], prepared: Path, tiny_llama: Path, data: Path, tmp_path: Path, start: str
 ) -> None:
     alone, pair = tmp_path / "alone", tmp_path / "pair"
+    model = (prepared,) if start == "prepared" else (tiny_llama, "--init", "nystrom", "--rank", 8)
     common = (
-        "train",
-        prepared,
-        "--data",
-        data,
-        "--max-steps",
-        5,
-        "--grad-accum",
-        1,
-        "--device",
-        "cpu",
-        "--max-length",
-        64,
-    )
+        "train", *model, "--data", data, "--max-steps", 5, "--grad-accum", 1, "--device", "cpu", "--max-length", 64,
+    )  # fmt: skip
     assert surgery(*common, "-o", alone, "--batch-size", 4).code == 0
     command = [
         sys.executable,

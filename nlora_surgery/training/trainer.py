@@ -27,7 +27,7 @@ from nlora_surgery.training.data import DataOptions, Examples, encode
 from nlora_surgery.training.layers import adapter_tensors, attach, freeze, load_tensors
 from nlora_surgery.training.loading import load_model, load_tokenizer
 
-__all__ = ["START_FOLDER", "TrainOptions", "TrainReport", "default_mode", "evaluate", "train"]
+__all__ = ["START_FOLDER", "TrainOptions", "TrainReport", "default_mode", "evaluate", "join_processes", "train"]
 
 SCHEDULES: Final = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
@@ -156,6 +156,24 @@ class TrainReport:
 def default_mode(adapter: Adapter) -> str:
     """`nlora` for an adapter with a `lora_N`, else `lora`."""
     return "nlora" if adapter.three_matrix else "lora"
+
+
+def join_processes(device: str = "auto") -> None:
+    """Under torchrun or accelerate launch, meet the other processes as the Trainer will.
+
+    For work before `train` that the processes share: a group that it opened and closed could not be opened again.
+
+    Args:
+        device: as in `TrainOptions`.
+
+    Raises:
+        MissingExtraError: accelerate is not installed.
+    """
+    _need_accelerate()
+    if _world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=device == "cpu")
 
 
 def train(
@@ -501,6 +519,7 @@ def _trainer(
         report_to=options.report_to,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # a frozen start never changes
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,  # ours takes its place
     )
