@@ -14,6 +14,7 @@ from nlora_surgery_cli.render import (
     count_text,
     echo_json,
     echo_table,
+    echo_targets,
     figures_table,
     first_rank,
     warn,
@@ -112,30 +113,21 @@ def _beside(model: str, directory: Path, rank: int) -> Path:
 
 
 def _echo_plan(plan: Any, *, as_json: bool) -> None:
-    from nlora_surgery.targets import module_kind
+    from nlora_surgery.targets import describe_targets
 
-    groups: dict[tuple[str, int, int, int], int] = {}
-    for target in plan.targets:
-        key = module_kind(target.module), target.in_features, target.out_features, target.r
-        groups[key] = groups.get(key, 0) + 1
+    groups = describe_targets(plan.source, plan.targets)
     if as_json:
         echo_json(
             {
                 "out": str(plan.out),
                 "size_bytes": plan.engine.size_bytes,
                 "parameters": plan.parameters,
-                "modules": [
-                    {"kind": kind, "in_features": n, "out_features": m, "r": r, "count": count}
-                    for (kind, n, m, r), count in groups.items()
-                ],
+                "modules": groups,
                 "left_out": list(plan.left_out),
             }
         )
         return
-    echo_table(
-        ("module", "in → out", "r", "count"),
-        [(kind, f"{n} → {m}", str(r), f"×{count}") for (kind, n, m, r), count in groups.items()],
-    )
+    echo_targets(groups, "slora_parameters" if plan.options.three_matrix else "lora_parameters")
     click.echo(
         f"Would write {plan.out}: {bytes_text(plan.engine.size_bytes)}, an adapter of {count_text(plan.parameters)} "
         f"parameters in {len(plan.targets)} modules. Nothing was written."

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from nlora_surgery_cli.render import bytes_text, count_text, echo_json, echo_table, figure, figures_table, warn
+from nlora_surgery_cli.render import (
+    bytes_text,
+    count_text,
+    echo_json,
+    echo_table,
+    echo_targets,
+    figure,
+    figures_table,
+    warn,
+)
 
 from nlora_surgery.errors import OptionError
 
@@ -46,19 +55,7 @@ def _echo_checkpoint(path: str, found: dict[str, Any]) -> None:
         warn(found["refused"])
         return
     rank, cost = found["rank"], found["cost"]
-    echo_table(
-        ("module", "in → out", "count", "parameters", f"adapter at r = {rank}"),
-        [
-            (
-                group["kind"],
-                f"{group['in_features']} → {group['out_features']}",
-                f"×{group['count']}",
-                count_text(group["parameters"]),
-                count_text(group["slora_parameters"]) + (f" (r = {group['r']})" if group["r"] < rank else ""),
-            )
-            for group in found["targets"]
-        ],
-    )
+    echo_targets(found["targets"], "slora_parameters")
     click.echo(
         f"Trainable at r = {rank}: LoRA {count_text(cost['lora'])}, SLoRA and NLoRA {count_text(cost['slora'])}, "
         f"IntTune {count_text(cost['inttune'])} ({cost['inttune'] / cost['lora']:.2%} of LoRA's). An adapter file "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -17,6 +18,7 @@ __all__ = [
     "count_text",
     "echo_json",
     "echo_table",
+    "echo_targets",
     "figure",
     "figures_table",
     "first_rank",
@@ -80,6 +82,55 @@ def figures_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], l
         )
         for row in rows
     ]
+
+
+def echo_targets(groups: Sequence[Mapping[str, Any]], adapter: str) -> None:
+    """A tree of `targets.describe_targets` on stdout.
+
+    Args:
+        groups: what it gave.
+        adapter: which of their counts is told as the adapter's, `slora_parameters` or `lora_parameters`.
+    """
+    most = max((group["r"] for group in groups), default=0)
+    rows = []
+    for label, group in _tree([(str(group["path"]).split("."), group) for group in groups]):
+        if group is None:
+            rows.append((label, "", "", "", "", ""))
+            continue
+        experts = f" × {group['experts']} experts" if group["experts"] is not None else ""
+        rows.append(
+            (
+                label,
+                f"{group['in_features']}→{group['out_features']}",
+                f"×{group['count']}{experts}",
+                count_text(group["parameters"]),
+                bytes_text(group["size_bytes"]),
+                count_text(group[adapter]) + (f" (r = {group['r']})" if group["r"] < most else ""),
+            )
+        )
+    echo_table(("module", "in→out", "count", "parameters", "bytes", f"adapter at r = {most}"), rows)
+
+
+def _tree(
+    items: Sequence[tuple[Sequence[str], Mapping[str, Any]]], depth: int = 0
+) -> list[tuple[str, Mapping[str, Any] | None]]:
+    """Lines of a tree: paths that begin alike under their common beginning, each level indented by two."""
+    lines: list[tuple[str, Mapping[str, Any] | None]] = []
+    branches: dict[str, list[tuple[Sequence[str], Mapping[str, Any]]]] = {}
+    for path, value in items:
+        branches.setdefault(path[0], []).append((path, value))
+    for branch in branches.values():
+        alike = (len(set(parts)) == 1 for parts in zip(*(path for path, _ in branch), strict=False))
+        length = sum(1 for _ in itertools.takewhile(bool, alike))
+        label = "  " * depth + ".".join(branch[0][0][:length])
+        if len(branch) == 1:
+            lines.append(("  " * depth + ".".join(branch[0][0]), branch[0][1]))
+        elif any(len(path) == length for path, _ in branch):  # one path, several shapes
+            lines += [("  " * depth + ".".join(path), value) for path, value in branch]
+        else:
+            lines.append((label, None))
+            lines += _tree([(path[length:], value) for path, value in branch], depth + 1)
+    return lines
 
 
 def quiet_transformers() -> None:

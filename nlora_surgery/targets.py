@@ -17,11 +17,10 @@ from nlora_surgery.errors import TargetError, UnsupportedCheckpointError
 __all__ = [
     "ExpertPiece",
     "Target",
-    "TargetGroup",
     "choose_targets",
+    "describe_targets",
     "expert_pieces",
     "experts_lie_in_out",
-    "group_targets",
     "is_conv1d",
     "module_kind",
     "module_path",
@@ -125,11 +124,6 @@ class Target:
     r: int
     experts: int | None = None
 
-    @property
-    def weights(self) -> int:
-        """How many numbers the tensor has."""
-        return (self.experts or 1) * self.out_features * self.in_features
-
 
 def module_kind(module: str) -> str:
     """What a module is called in every layer: the path after the last layer number, `self_attn.q_proj`."""
@@ -154,10 +148,11 @@ def refuse_quantized(checkpoint: Checkpoint, what: str = "factored") -> None:
             if quantization:
                 method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else "unnamed"
                 raise _quantized(checkpoint, str(method), what)
+    for suffix, kind in _QUANTIZED_SUFFIXES.items():  # the telling ones first
+        name = next((name for name in checkpoint.tensors if name.endswith(suffix)), None)
+        if name is not None:
+            raise _quantized(checkpoint, f"{kind}: it holds {name!r}", what)
     for info in checkpoint:
-        suffix = next((suffix for suffix in _QUANTIZED_SUFFIXES if info.name.endswith(suffix)), None)
-        if suffix is not None:
-            raise _quantized(checkpoint, f"{_QUANTIZED_SUFFIXES[suffix]}: it holds {info.name!r}", what)
         if info.dtype.startswith(("F8_", "F6_", "F4")) and len(info.shape) > 1:
             raise _quantized(checkpoint, f"{info.name!r} is stored as {info.dtype}", what)
 
@@ -332,34 +327,45 @@ def target_parameters_for(parameters: Sequence[str], checkpoint: Checkpoint) -> 
     return sorted(short if selected == chosen else chosen)
 
 
-@dataclass(frozen=True, slots=True)
-class TargetGroup:
-    """Targets that differ in nothing but numbers in their paths.
+def describe_targets(checkpoint: Checkpoint, targets: Iterable[Target]) -> list[dict[str, Any]]:
+    """Targets grouped over layers and experts by their names on disk, as JSON values, in the order of their first ones.
 
-    Attributes:
-        path: theirs, with the numbers they have: `model.layers.{0…31}.mlp.down_proj`.
-        target: one of them.
-        count: how many there are.
+    Args:
+        checkpoint: the model.
+        targets: of it.
+
+    Returns:
+        For each group `path` with the numbers that occur (`model.layers.{0…31}.mlp.down_proj`), `kind`,
+        `in_features`, `out_features`, `r`, `experts` (how many matrices each tensor is, or None), `count` of tensors,
+        their `parameters` and `size_bytes`, and what an adapter has for them: `lora_parameters`, `slora_parameters`.
     """
-
-    path: str
-    target: Target
-    count: int
-
-
-def group_targets(targets: Iterable[Target]) -> list[TargetGroup]:
-    """Targets grouped over layers and experts by their names on disk, in the order of their first ones."""
-    groups: dict[tuple[str, int, int, int, int | None], list[Target]] = {}
+    groups: dict[tuple[Any, ...], list[Target]] = {}
     for target in targets:
         path = re.sub(r"(?<![^.])\d+(?![^.])", "{}", target.tensor.removesuffix(".weight"))
         key = path, target.out_features, target.in_features, target.r, target.experts
         groups.setdefault(key, []).append(target)
-    found = []
-    for (path, *_), members in groups.items():
+    described = []
+    for (path, out_features, in_features, r, experts), members in groups.items():
         numbers = [[int(part) for part in member.tensor.split(".") if part.isdigit()] for member in members]
         spans = [_span(sorted(set(column))) for column in zip(*numbers, strict=True)]
-        found.append(TargetGroup(path.format(*spans), members[0], len(members)))
-    return found
+        matrices = len(members) * (experts or 1)
+        sides = matrices * r * (out_features + in_features)
+        described.append(
+            {
+                "path": path.format(*spans),
+                "kind": module_kind(members[0].tensor.removesuffix(".weight")),
+                "in_features": in_features,
+                "out_features": out_features,
+                "r": r,
+                "experts": experts,
+                "count": len(members),
+                "parameters": matrices * out_features * in_features,
+                "size_bytes": sum(checkpoint.tensors[member.tensor].size_bytes for member in members),
+                "lora_parameters": sides,
+                "slora_parameters": sides + matrices * r * r,
+            }
+        )
+    return described
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -6,7 +6,9 @@ init; stock PEFT, computing in fp64, for merge; the original's outputs for adapt
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,14 +27,16 @@ from transformers.pytorch_utils import Conv1D
 
 from nlora_surgery.adapter import Adapter
 from nlora_surgery.checkpoint import Checkpoint
+from nlora_surgery.errors import AdapterError, TargetError, UnsupportedCheckpointError
 from nlora_surgery.options import FactorOptions
 from nlora_surgery.surgery.convert import ConvertOptions, convert, plan_convert
+from nlora_surgery.surgery.inspect import inspect
 from nlora_surgery.surgery.merge import merge, plan_merge
 from nlora_surgery.surgery.prepare import InitOptions, plan_init, prepare
 from nlora_surgery.surgery.verify import _calls, verify, verify_logits
 from nlora_surgery.targets import choose_targets, module_kind
-from tests.adapters import checkpoint_tensors, edit_config
-from tests.checkpoints import write_checkpoint
+from tests.adapters import checkpoint_tensors, edit_config, random_factors, write_adapter
+from tests.checkpoints import write_checkpoint, write_llama
 from tests.test_merge import assert_rounded
 
 RANK = 4
@@ -450,3 +454,162 @@ def test_stock_peft_loads(name: str, way: str, models: Callable[..., Path], tmp_
     scale = max(1.0, float(expected.abs().max()))
     assert (actual - expected).abs().max() <= 1e-4 * scale
     assert (bare - expected).abs().max() > 1e-2 * scale
+
+
+# --- what is carried, what is left alone, what is refused -------------------------------------------------------------
+
+
+def test_what_transformers_does_not_know_is_carried(tmp_path: Path) -> None:
+    """Multi-token prediction by either name, a tied head, tensors that are no floats: same bytes, and no targets."""
+    weight = torch.randn(32, 32).to(torch.bfloat16)
+    others = {
+        "mtp.layers.0.mlp.up_proj.weight": weight, "model.layers.2.self_attn.q_proj.weight": weight + 1,
+        "model.layers.2.eh_proj.weight": weight + 2, "model.position_ids": torch.arange(8),
+        "model.mask": torch.tensor([True, False]), "model.scale": torch.tensor(2.0),
+        "model.empty": torch.empty(0, 4),
+    }  # fmt: skip
+    extra = {"num_nextn_predict_layers": 1}
+    model = write_llama(tmp_path / "model", tied=True, changes=others, config=extra)
+    manifest = _init(model, tmp_path / "out", method="nystrom-optimal")
+    adapted = {module["tensor"] for module in manifest["modules"]}
+    assert len(adapted) == 2 * 7
+    assert not adapted & others.keys()
+    before, after = checkpoint_tensors(model), checkpoint_tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name in before.keys() - adapted:
+        assert before[name].dtype == after[name].dtype
+        assert torch.equal(before[name], after[name]), name
+    assert verify(tmp_path / "out", model).failures == []
+    named = plan_init(model, tmp_path / "named", InitOptions(rank=RANK, targets=["mtp.layers.0.mlp.up_proj"]))
+    assert [target.module for target in named.targets] == ["mtp.layers.0.mlp.up_proj"]
+
+
+def test_a_tied_head_is_no_tensor_to_adapt(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model", tied=True)
+    with pytest.raises(TargetError, match="lm_head matches no linear weight"):
+        plan_init(model, tmp_path / "out", InitOptions(targets=["lm_head"]))
+
+
+def test_experts_in_an_unknown_order_are_not_guessed(models: Callable[..., Path], tmp_path: Path) -> None:
+    """A model_type that nobody knows: refused, with what to do, and inspect goes on."""
+    model = tmp_path / "model"
+    shutil.copytree(models("gpt_oss, square", torch.bfloat16), model)
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "some_moe"}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TargetError, match="not be guessed: leave them out with --exclude experts"):
+        plan_init(model, tmp_path / "out", InitOptions(rank=RANK))
+    plan = plan_init(model, tmp_path / "out", InitOptions(rank=RANK, exclude=["experts"]))
+    assert {module_kind(target.module) for target in plan.targets} == set(_braces(ATTENTION))
+    assert "not be guessed" in inspect(model)["refused"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mixtral, fused"])
+def test_another_number_of_experts(name: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """An adapter whose ranks make eight experts of what are four."""
+    model = _load(models(name, torch.float32), FAMILIES[name])
+    config = LoraConfig(r=RANK, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", r=RANK // 2)
+    with pytest.raises(AdapterError, match="8 experts of rank 2"):
+        plan_merge(models(name, torch.float32), [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+MODULE = "model.layers.0.mlp.up_proj"
+CODES, SCALES = torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4)
+# How each lies on disk -> quant_method in config.json, the tensors, and the word that tells it without config.json.
+QUANTIZED: dict[str, tuple[str, dict[str, Tensor], str]] = {
+    "bitsandbytes, 4 bits": (
+        "bitsandbytes",
+        {f"{MODULE}.weight": CODES.reshape(-1, 1), f"{MODULE}.weight.absmax": SCALES,
+         f"{MODULE}.weight.quant_map": SCALES, f"{MODULE}.weight.quant_state.bitsandbytes__nf4": CODES},
+        "bitsandbytes",
+    ),
+    "bitsandbytes, 8 bits": (
+        "bitsandbytes", {f"{MODULE}.weight": CODES.to(torch.int8), f"{MODULE}.SCB": SCALES}, "bitsandbytes",
+    ),
+    "GPTQ": (
+        "gptq",
+        {f"{MODULE}.qweight": CODES.int(), f"{MODULE}.qzeros": CODES.int(), f"{MODULE}.scales": SCALES.half(),
+         f"{MODULE}.g_idx": SCALES.int()},
+        "GPTQ",
+    ),
+    "AWQ": (
+        "awq", {f"{MODULE}.qweight": CODES.int(), f"{MODULE}.qzeros": CODES.int(), f"{MODULE}.scales": SCALES}, "AWQ",
+    ),
+    "compressed-tensors": (
+        "compressed-tensors",
+        {f"{MODULE}.weight_packed": CODES.int(), f"{MODULE}.weight_scale": SCALES, f"{MODULE}.weight_shape": CODES[0]},
+        "compressed-tensors",
+    ),
+    "FP8, scales of blocks": (
+        "fp8", {f"{MODULE}.weight": CODES.view(torch.float8_e4m3fn), f"{MODULE}.weight_scale_inv": SCALES[None]}, "FP8",
+    ),
+    "FP8, one scale": (
+        "compressed-tensors", {f"{MODULE}.weight": CODES.view(torch.float8_e4m3fn), f"{MODULE}.weight_scale": SCALES},
+        "scales",
+    ),
+    "FP8 without scales": ("fp8", {f"{MODULE}.weight": CODES.view(torch.float8_e5m2)}, "F8_E5M2"),
+    "MXFP4": (
+        "mxfp4",
+        {"model.layers.0.mlp.experts.down_proj_blocks": CODES[None], "model.layers.0.mlp.experts.down_proj_scales":
+         CODES[:1]},
+        "MXFP4",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["config.json", "tensors"])
+@pytest.mark.parametrize("what", QUANTIZED)
+def test_quantized_checkpoints_are_refused(what: str, by: str, tmp_path: Path) -> None:
+    """By what config.json says, and without it by the tensors' own names and types; inspect tells the same."""
+    method, tensors, word = QUANTIZED[what]
+    config = {"quantization_config": {"quant_method": method}} if by == "config.json" else {}
+    rest = {"model.layers.0.self_attn.q_proj.weight": torch.ones(32, 32), "model.norm.weight": torch.ones(32)}
+    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    model = write_checkpoint(tmp_path / "model", {**rest, **own}, config={"model_type": "llama", **config})
+    reason = method if config else word
+    with pytest.raises(UnsupportedCheckpointError, match=rf"is quantized \(.*{reason}.*use the checkpoint that it was"):
+        plan_init(model, tmp_path / "out", InitOptions(rank=RANK))
+    factors = random_factors(32, 32)
+    keys = ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",) * 2
+    adapter = dict(zip((keys[0], keys[1].replace("lora_A", "lora_B")), factors, strict=True))
+    write_adapter(tmp_path / "adapter", adapter)
+    with pytest.raises(UnsupportedCheckpointError, match=rf"is quantized \(.*{reason}.*merged into"):
+        plan_merge(model, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    assert reason in inspect(model)["refused"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+# --- what is told ---------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_told_as_a_tree(surgery: Callable[..., Any], models: Callable[..., Path], tmp_path: Path) -> None:
+    """By hand for one model; `inspect` and `init --dry-run` say the same, and write nothing."""
+    model = models("mixtral", torch.bfloat16)
+    for arguments in (("inspect", model, "-r", 4), ("init", model, "-r", 4, "--dry-run", "-o", tmp_path / "out")):
+        done = surgery(*arguments)
+        assert done.code == 0, done.stderr
+        lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
+        assert lines["model.layers.{0…1}"] == []
+        assert lines["block_sparse_moe.experts.{0…3}"] == []
+        # 2 layers of 4 experts, 32 × 48 in bf16 each; 4 (32 + 48) + 4² numbers of the adapter each.
+        assert lines["w1"] == ["32→48", "×8", "12.29", "k", "24.6", "kB", "2.688", "k"]
+        assert lines["k_proj"] == ["32→16", "×2", "1.024", "k", "2.05", "kB", "416"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_targets_are_told_as_json(name: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """Sums over groups are those over targets, and of the adapter's own file."""
+    model = models(name, torch.bfloat16)
+    found = inspect(model, RANK)
+    plan = plan_init(model, tmp_path / "out", InitOptions(rank=RANK, factor=FactorOptions(method="slora")))
+    with Checkpoint.open(model) as checkpoint:
+        stored = [checkpoint.tensors[target.tensor] for target in plan.targets]
+    assert sum(group["count"] for group in found["targets"]) == len(plan.targets)
+    assert sum(group["size_bytes"] for group in found["targets"]) == sum(info.size_bytes for info in stored)
+    assert sum(2 * group["parameters"] for group in found["targets"]) == sum(info.size_bytes for info in stored)
+    assert plan.engine.side is not None
+    numbers = sum(info.size_bytes // 4 for info in plan.engine.side.tensors.values())
+    assert sum(group["slora_parameters"] for group in found["targets"]) == found["cost"]["slora"] == numbers
+    assert plan.parameters == numbers

@@ -9,9 +9,9 @@ from typing import Any
 
 from nlora_surgery.adapter import Adapter
 from nlora_surgery.checkpoint import ADAPTER_CONFIG, MANIFEST, Checkpoint
-from nlora_surgery.errors import UnsupportedCheckpointError
+from nlora_surgery.errors import TargetError, UnsupportedCheckpointError
 from nlora_surgery.manifest import read_manifest, summarize
-from nlora_surgery.targets import Target, choose_targets, module_kind, refuse_quantized
+from nlora_surgery.targets import choose_targets, describe_targets, module_kind, refuse_quantized
 
 __all__ = ["inspect", "parameter_counts"]
 
@@ -43,7 +43,7 @@ def inspect(directory: Path, r: int = 64) -> dict[str, Any]:
 
     Returns:
         `kind` (`checkpoint`, `adapter` or `prepared`) and what belongs to it. A checkpoint has its
-        parameters and bytes, its `targets` by module kind and shape, and the `cost` of rank r (see
+        parameters and bytes, its `targets` (see `describe_targets`), and the `cost` of rank r (see
         `parameter_counts`; `adapter_bytes` in fp32); an adapter its format, ranks, scalings and base; a
         prepared checkpoint its method, its figures and its adapter.
 
@@ -79,29 +79,17 @@ def _checkpoint(checkpoint: Checkpoint, r: int) -> dict[str, Any]:
         refuse_quantized(checkpoint)
     except UnsupportedCheckpointError as reason:
         return described | {"refused": str(reason)}
-    targets = choose_targets(checkpoint, r)
-    shapes = [(target.out_features, target.in_features) for target in targets]
+    try:
+        targets = choose_targets(checkpoint, r)
+    except TargetError as reason:
+        return described | {"refused": str(reason)}
+    shapes = [(target.out_features, target.in_features) for target in targets for _ in range(target.experts or 1)]
     cost = parameter_counts(shapes, r)
     return described | {
         "rank": r,
-        "targets": _grouped(targets),
+        "targets": describe_targets(checkpoint, targets),
         "cost": cost | {"adapter_bytes": 4 * cost["slora"], "virtual_adapter_bytes": 8 * cost["slora"]},
     }
-
-
-def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for target in targets:
-        key = module_kind(target.module), target.out_features, target.in_features
-        group = groups.setdefault(
-            key, {"kind": key[0], "in_features": key[2], "out_features": key[1], "r": target.r, "count": 0}
-        )
-        group["count"] += 1
-    for group in groups.values():
-        shape = group["out_features"], group["in_features"]
-        group["parameters"] = shape[0] * shape[1] * group["count"]
-        group["slora_parameters"] = parameter_counts([shape], group["r"])["slora"] * group["count"]
-    return list(groups.values())
 
 
 def _adapter(directory: Path) -> dict[str, Any]:
@@ -130,9 +118,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "base_fingerprint": adapter.base_fingerprint,
         "dtypes": sorted(stored),
         "parameters": sum(
-            rows * columns
-            for module in modules
-            for rows, columns in module.parts(three_matrix=adapter.three_matrix).values()
+            math.prod(size) for module in modules for size in module.parts(three_matrix=adapter.three_matrix).values()
         ),
         "modules": [
             {"kind": kind, "in_features": n, "out_features": m, "r": r, "scaling": scaling, "count": count}
