@@ -16,6 +16,7 @@ from nlora_surgery.targets import module_kind
 
 __all__ = ["CardFacts", "card_body", "card_metadata", "own_text"]
 
+_OURS = "<!-- written by nlora_surgery push -->"
 _MARK = "<!-- nlora_surgery push: the README.md that was here before -->"
 
 # What the card of a base says of the base alone: its evaluation, who may have it, what came after it.
@@ -112,7 +113,7 @@ def card_body(facts: CardFacts, earlier: str) -> str:
         facts: what is pushed.
         earlier: the text of the README.md that was there before, which goes below.
     """
-    sections = [f"# {facts.repo_id.partition('/')[2]}", _what(facts), _properties(facts), *_figures(facts)]
+    sections = [_OURS, f"# {facts.repo_id.partition('/')[2]}", _what(facts), _properties(facts), *_figures(facts)]
     sections += ["## Load it", _loading(facts)]
     if facts.adapter is not None:
         sections += ["## Merge it", _merging(facts)]
@@ -124,7 +125,7 @@ def card_body(facts: CardFacts, earlier: str) -> str:
 
 def own_text(text: str) -> str:
     """Of a card's text the part that is not ours: all of it, unless it was written by an earlier push."""
-    return text.partition(_MARK)[2] if _MARK in text else "" if _CITATION in text else text
+    return text.partition(_MARK)[2] if _OURS in text else text
 
 
 def _what(facts: CardFacts) -> str:

@@ -295,7 +295,7 @@ def _plan_adapter(directory: Path, repo_id: str, options: PushOptions) -> PushPl
         adapter,
         "",
         adapter.config.task_type,
-        manifest or _manifest_of(directory / "start") or _manifest_of(Path(named)),
+        manifest or _start_manifest(directory, named),
         training,
     )
     files = _adapter_files(directory, adapter, source, "")
@@ -385,6 +385,12 @@ def _manifest_of(directory: Path) -> dict[str, Any]:
         return read_manifest(directory) if manifest.get("command") == "init" else manifest
     except (CheckpointError, OSError):
         return {}
+
+
+def _start_manifest(directory: Path, base: str) -> dict[str, Any]:
+    """The manifest of what a run started from: of its own init, or of the output of init that is its base."""
+    found = _manifest_of(directory / "start") or (_manifest_of(Path(base)) if base else {})
+    return found if found.get("command") == "init" else {}
 
 
 def _public_manifest(manifest: Mapping[str, Any], base_id: str | None) -> str:

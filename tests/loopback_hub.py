@@ -590,6 +590,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # connections are kept, as the Hub keeps them
+    disable_nagle_algorithm = True  # headers and body go separately, and each body would wait 40 ms
     server: _Server
 
     def handle_any(self) -> None:

@@ -77,6 +77,8 @@ def model(tmp_path: Path) -> Path:
 
 FETCH = "import sys; from nlora_surgery.hub import fetch; print(fetch(sys.argv[1]))"
 COMMAND = "from nlora_surgery_cli import main; main()"
+# The client waits between its attempts, for 23 seconds in all; nothing here depends on that.
+NO_WAITING = "import time; time.sleep = lambda seconds: None\n"
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def fetch(run: Runner, here: Path) -> Fetcher:
 @pytest.fixture
 def init(run: Runner) -> Runner:
     """`nlora_surgery init`."""
-    return lambda name, *options, **env: run(COMMAND, "init", name, *INIT, *options, **env)
+    return lambda name, *options, **env: run(NO_WAITING + COMMAND, "init", name, *INIT, *options, **env)
 
 
 def assert_one_sentence(result: Result, code: int, *words: str, notices: bool = False) -> None:
@@ -319,8 +321,7 @@ def test_a_hub_that_fails_is_one_sentence(hub: LoopbackHub, model: Path, here: P
 
 
 RETRIED: Mapping[str, tuple[Mapping[str, Any], str]] = {
-    # `Retry-After: 0` is one second for the client; without it, it would wait for twenty-three in all.
-    "503": ({"status": 503, "headers": {"Retry-After": "0"}}, "503"),
+    "503": ({"status": 503}, "503"),
     "connection cut": ({"method": "GET", "cut_after": 10}, "broke off"),
 }
 

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from nlora_surgery.options import FactorOptions
 from nlora_surgery.surgery.merge import merge, plan_merge
 from nlora_surgery.surgery.prepare import InitOptions, plan_init, prepare
-from tests.conftest import Result, Runner
+from tests.conftest import Finished, Result, Runner
 from tests.loopback_hub import LoopbackHub
-from tests.test_hub import COMMAND, FETCH, TOKEN, assert_one_sentence, closed_endpoint, contents, write
+from tests.test_hub import COMMAND, FETCH, NO_WAITING, TOKEN, assert_one_sentence, closed_endpoint, contents, write
 
 BASE_CARD = """---
 license: mit
@@ -39,8 +39,6 @@ extra_gated_prompt: no
 
 What its makers say.
 """
-# The client waits between its attempts, for 23 seconds in all; nothing here depends on that.
-NO_WAITING = "import time; time.sleep = lambda seconds: None\n"
 
 Pusher = Callable[..., Result]
 
@@ -436,14 +434,13 @@ def test_cards_are_valid_and_do_what_they_say(
     cards: dict[str, str] = {}
     for name, options in {
         "baked": [], "virtual": [], "pissa": [], "merged": ["--base-id", "org/base"],
-        "run": ["--base-id", "org/base"],
     }.items():  # fmt: skip
         result = push(made / name, f"org/{name}", *options)
         assert (result.returncode, result.stderr) == (0, ""), result.stderr
         text = hub.contents(f"org/{name}")["README.md"].decode()
         cards[name] = text
         metadata = yaml.safe_load(text.split("---\n")[1])
-        is_adapter = name in {"virtual", "run"}
+        is_adapter = name == "virtual"
         assert metadata["base_model"] == "org/base"
         assert metadata["base_model_relation"] == ("adapter" if is_adapter else "finetune")
         assert metadata["library_name"] == ("peft" if is_adapter else "transformers")
@@ -467,7 +464,7 @@ def test_cards_are_valid_and_do_what_they_say(
     assert differences.keys() == files.keys()
     # Of a residual or a merge in bf16 that is its rounding: 2^-9 for each weight, about as much in the logits. An
     # adapter on the wrong base, or none where there should be one, changes them by as much as they are.
-    assert max(differences["org/virtual"], differences["org/run"]) < 1e-5
+    assert differences["org/virtual"] < 1e-5
     assert max(differences.values()) < 0.05
 
     merged = {}
@@ -488,6 +485,22 @@ def test_cards_are_valid_and_do_what_they_say(
 
 def load_all(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_cards_of_what_was_extracted_and_converted(
+    made: Path, push: Pusher, surgery: Callable[..., Finished], tmp_path: Path
+) -> None:
+    """With the base's own manifest nearby, which is not theirs."""
+    extracted, converted = tmp_path / "extracted", tmp_path / "converted"
+    assert surgery("extract", made / "base", made / "merged", "-o", extracted, "--rank", 4).code == 0
+    assert surgery("convert", made / "pissa" / "adapter", "-o", converted, "--to", "slora").code == 0
+    for directory, how in ((extracted, "extracted from a fine-tuned model"), (converted, "converted")):
+        result = push(directory, "org/out", "--base-id", "org/base", "--dry-run", "--json")
+        assert result.returncode == 0, result.stderr
+        card = json.loads(result.stdout)["card"]
+        assert f"| method | {how} |" in card
+        assert "| module | count | mean relative error |" in card
+        assert str(tmp_path) not in card
 
 
 def test_the_bases_license_comes_from_the_hub(hub: LoopbackHub, made: Path, push: Pusher, tmp_path: Path) -> None:
