@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from nlora_surgery.adapter import Adapter, tensor_name
@@ -52,12 +53,45 @@ def low_rank(x: Tensor, matrices: Sequence[Tensor], scaling: float) -> Tensor:
     Returns:
         (..., out).
     """
-    *inner, last = matrices
-    for matrix in inner:
+    if len(matrices) == 3 and matrices[0].requires_grad and not torch.is_autocast_enabled(x.device.type):
+        product: Tensor = _Frugal.apply(x, *matrices, scaling)  # type: ignore[no-untyped-call]
+        return product
+    return functional.linear(_inner(x, matrices[:-1], scaling), matrices[-1])
+
+
+def _inner(x: Tensor, matrices: Sequence[Tensor], scaling: float) -> Tensor:
+    for matrix in matrices:
         x = functional.linear(x, matrix)
-    if scaling != 1:
-        x = x * scaling  # here, where it is narrow
-    return functional.linear(x, last)
+    return x * scaling if scaling != 1 else x  # here, where it is narrow
+
+
+class _Frugal(torch.autograd.Function):
+    """The product of three matrices with an input, of which only the input is kept for the backward pass.
+
+    autograd would keep `lora_A(x)` and `lora_N(lora_A(x))` besides, for every module. They are narrow, and cheaper to
+    make again than to keep. Where `lora_A` is frozen the input need not be kept at all, and this is of no use.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_N: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(x, lora_A, lora_N, lora_B)
+        ctx.scaling = scaling
+        return functional.linear(_inner(x, (lora_A, lora_N), scaling), lora_B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The chain rule from the output inwards, each gradient as the formula's own product."""
+        x, lora_A, lora_N, lora_B = ctx.saved_tensors
+        flat_x, flat = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        inner = functional.linear(flat_x, lora_A)
+        for_B = flat.T @ _inner(inner, (lora_N,), ctx.scaling) if ctx.needs_input_grad[3] else None
+        middle = _inner(flat, (lora_B.T,), ctx.scaling)
+        for_N = middle.T @ inner if ctx.needs_input_grad[2] else None
+        middle = middle @ lora_N
+        for_A = middle.T @ flat_x if ctx.needs_input_grad[1] else None
+        for_x = (middle @ lora_A).reshape(x.shape) if ctx.needs_input_grad[0] else None
+        return for_x, for_A, for_N, for_B, None
 
 
 def low_rank_change(x: Tensor, matrices: Sequence[Tensor], initial: Sequence[Tensor], scaling: float) -> Tensor:
