@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +323,15 @@ def test_an_output_that_was_put_aside_comes_back(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """SIGINT as in the foreground of a shell; a suite in the background has it ignored, and so have its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_says_that_the_stage_can_be_resumed(model: Path, tmp_path: Path) -> None:
     """A real SIGINT to the real command."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -341,6 +350,7 @@ def test_ctrl_c_says_that_the_stage_can_be_resumed(model: Path, tmp_path: Path) 
     assert stage.exists()
 
 
+@pytest.mark.usefixtures("heard_ctrl_c")
 @pytest.mark.parametrize("command", OTHERS)
 def test_ctrl_c_leaves_a_stage_that_the_same_command_finishes(
     command: str,
