@@ -362,6 +362,8 @@ def _run_units(
     lock = threading.Lock()
     records: dict[str, dict[str, Any]] = {}
     file_locks = {unit.name: threading.Lock() for unit in units}
+    if plan.side is not None:
+        file_locks[plan.side.name] = threading.Lock()
 
     def run_jobs(jobs: _Jobs) -> None:
         torch.set_num_threads(1)
@@ -499,7 +501,8 @@ class _TensorWriter:
                 with _opened(self.stage.tree / self.plan.side.name) as side:
                     for name, tensor in change.sides.items():
                         data = _bytes_of(tensor.contiguous().to("cpu"))
-                        _write_all(side, data, self.plan.side.tensors[name].start)
+                        with self.file_locks[self.plan.side.name]:
+                            _write_all(side, data, self.plan.side.tensors[name].start)
                         checksums[name] = zlib.crc32(data)
         source.release(origin.name)
         return {"checksums": checksums, "figures": figures}
