@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-__all__ = ["WritingCommand", "byte_count", "locate_adapter", "split_names"]
+__all__ = ["WritingCommand", "byte_count", "locate_adapter", "locate_base_and_adapter", "split_names"]
 
 
 class WritingCommand(click.Command):

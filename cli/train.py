@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def command(
     if not first_rank():
         return
     if as_json:
-        echo_json({name: getattr(report, name) for name in report.__dataclass_fields__})
+        echo_json(asdict(report))
         return
     evaluated = f", eval loss {figure(report.start_eval_loss, '.4f')} → {figure(report.eval_loss, '.4f')}"
     click.echo(

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -304,8 +305,6 @@ def evaluate(
     Raises:
         As `train`.
     """
-    import tempfile
-
     options.check()
     _need_accelerate()
     opened = None if adapter is None else Adapter.open(adapter)
