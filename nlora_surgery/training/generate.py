@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from nlora_surgery.adapter import Adapter, check_base
-from nlora_surgery.checkpoint import Checkpoint
 from nlora_surgery.errors import OptionError
 from nlora_surgery.training.data import layout_prompt
 from nlora_surgery.training.layers import attach
-from nlora_surgery.training.loading import load_model, load_tokenizer
+from nlora_surgery.training.loading import load_model, load_tokenizer, open_adapter
 
 __all__ = ["generate"]
 
@@ -58,10 +56,7 @@ def generate(
         raise OptionError(
             f"--max-new-tokens must be at least 1 and --temperature at least 0, not {max_new_tokens} and {temperature}"
         )
-    opened = None if adapter is None else Adapter.open(adapter)
-    if opened is not None:
-        with Checkpoint.open(base) as checkpoint:
-            check_base(opened, checkpoint)
+    opened = None if adapter is None else open_adapter(adapter, base)
     tokenizer = load_tokenizer(base)
     model = load_model(base, dtype=dtype, device=device)
     if opened is not None:

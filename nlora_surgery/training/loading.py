@@ -7,9 +7,23 @@ from typing import Any
 
 import torch
 
+from nlora_surgery.adapter import Adapter, check_base
+from nlora_surgery.checkpoint import Checkpoint
 from nlora_surgery.errors import CheckpointError
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["load_model", "load_tokenizer", "open_adapter"]
+
+
+def open_adapter(directory: Path, base: Path) -> Adapter:
+    """Open an adapter for the base that it is about to be put on.
+
+    Raises:
+        AdapterError, BaseMismatchError, CheckpointError: one is damaged, or they do not belong together.
+    """
+    adapter = Adapter.open(directory)
+    with Checkpoint.open(base) as checkpoint:
+        check_base(adapter, checkpoint)
+    return adapter
 
 
 def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto") -> Any:

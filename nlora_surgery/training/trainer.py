@@ -20,13 +20,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from nlora_surgery.adapter import FINGERPRINT_KEY, Adapter, AdapterConfig, check_base, write_adapter
+from nlora_surgery.adapter import FINGERPRINT_KEY, Adapter, AdapterConfig, write_adapter
 from nlora_surgery.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_json
 from nlora_surgery.errors import MissingExtraError, OptionError, OutputError, TrainingError
 from nlora_surgery.factor import is_finite
 from nlora_surgery.training.data import DataOptions, Examples, encode
 from nlora_surgery.training.layers import adapter_tensors, attach, freeze, load_tensors
-from nlora_surgery.training.loading import load_model, load_tokenizer
+from nlora_surgery.training.loading import load_model, load_tokenizer, open_adapter
 
 __all__ = ["START_FOLDER", "TrainOptions", "TrainReport", "default_mode", "evaluate", "join_processes", "train"]
 
@@ -215,11 +215,10 @@ def train(
     """
     options.check()
     _need_accelerate()
-    opened = Adapter.open(adapter)
+    opened = open_adapter(adapter, base)
     mode = options.mode or default_mode(opened)
     options = replace(options, mode=mode, learning_rate=options.learning_rate or (2e-3 if mode == "inttune" else 2e-4))
     with Checkpoint.open(base) as checkpoint:
-        check_base(opened, checkpoint)
         fingerprint = checkpoint.fingerprint()
     identity = _identity(opened, data, eval_data, options)
     last_checkpoint = _find_run(out, identity, resume=resume, overwrite=overwrite, notice=notice)
@@ -307,10 +306,7 @@ def evaluate(
     """
     options.check()
     _need_accelerate()
-    opened = None if adapter is None else Adapter.open(adapter)
-    if opened is not None:
-        with Checkpoint.open(base) as checkpoint:
-            check_base(opened, checkpoint)
+    opened = None if adapter is None else open_adapter(adapter, base)
     tokenizer = load_tokenizer(base)
     examples = encode(data, tokenizer, options.data)
     _tell_lengths(examples, data, options.data, notice)
