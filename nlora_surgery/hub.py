@@ -38,6 +38,11 @@ _ADAPTERS = ["adapter_model.safetensors", "adapter/adapter_model.safetensors"]  
 # Seconds that an upload's answer may take: the Hub puts large files together before it answers.
 _UPLOAD_TIMEOUT = 120.0
 
+# What goes to the Xet storage is small blocks, for which huggingface_hub's library for it has settings of its own: by
+# default it tries a silent server again for a quarter of an hour and more.
+_XET_TIMEOUT = 60.0
+_XET_ATTEMPTS = 2
+
 
 def split_id(name: str) -> tuple[str, str | None] | None:
     """`org/name` or `org/name@revision` as id and revision; None for what is no Hub id."""
@@ -259,7 +264,8 @@ def upload(
         "there is no such repository that this login may write to; correct the name, or take a token with the write "
         "role"
     )
-    with _on_hub(task, absent, _upload_timeout()), _quiet(notice):
+    _limit_xet()
+    with _on_hub(task, absent, _timeout(_UPLOAD_TIMEOUT)), _quiet(notice):
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
         info = api.model_info(repo_id)
@@ -317,9 +323,15 @@ def _lay_out(files: Mapping[str, Path | str], folder: Path) -> None:
             path.write_text(content, encoding="utf-8")
 
 
-def _upload_timeout() -> float:
+def _timeout(usual: float) -> float:
     chosen = os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", "")
-    return float(chosen) if chosen.isdigit() and int(chosen) > 0 else _UPLOAD_TIMEOUT
+    return float(chosen) if chosen.isdigit() and int(chosen) > 0 else usual
+
+
+def _limit_xet() -> None:
+    """Let silence end an upload by Xet, too, unless the user's own settings say how."""
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{_timeout(_XET_TIMEOUT):g}s")
+    os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", str(_XET_ATTEMPTS))
 
 
 @contextmanager

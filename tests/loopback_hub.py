@@ -156,14 +156,14 @@ class LoopbackHub:
         requests: every request in the order of arrival, the ones that were made to fail too.
         objects: what was uploaded to LFS, by SHA-256, committed or not.
         part_bytes: size of the parts in which LFS takes larger files; None takes each whole.
-        xet: directory for what is uploaded by Xet.
+        xet: directory for what is uploaded by Xet, or the address of a storage server, with no reading back.
     """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.objects: dict[str, bytes] = {}
         self.part_bytes: int | None = None
-        self.xet: Path | None = None
+        self.xet: Path | str | None = None
         self._parts: dict[tuple[str, int], bytes] = {}
         self._users: dict[str, tuple[str, set[str]]] = {}
         self._repos: dict[str, _Repo] = {}
@@ -467,7 +467,7 @@ class LoopbackHub:
         path, oid = pointer["path"], pointer["oid"]
         if oid in self.objects:
             return _File(path, self.objects[oid])
-        xet_hash = None if self.xet is None else _xet_hashes(self.xet).get(oid)
+        xet_hash = _xet_hashes(self.xet).get(oid) if isinstance(self.xet, Path) else None
         return None if xet_hash is None else _File.in_xet(path, oid, pointer["size"], xet_hash)
 
     def _xet_token(self, request: Request, kind: str, repo_id: str, revision: str) -> Answer:
@@ -475,7 +475,8 @@ class LoopbackHub:
             return Answer.error(404, None, "no such address")
         if kind == "write" and "create_pr" not in request.query and (refused := self._refused(request, repo_id)):
             return refused
-        storage, token, end = f"local://{self.xet}", "xet-token", 4102444800
+        storage = self.xet if isinstance(self.xet, str) else f"local://{self.xet}"
+        token, end = "xet-token", 4102444800
         headers = {"X-Xet-Cas-Url": storage, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(end)}
         return Answer.json({"casUrl": storage, "accessToken": token, "exp": end}, headers=headers)
 

@@ -260,6 +260,16 @@ def test_by_xet(hub: LoopbackHub, made: Path, push: Pusher, run: Runner, tmp_pat
     assert_one_sentence(push(made / "baked", "org/other", **xet), 11, "cannot push to org/other: ", "403", "HF_TOKEN")
 
 
+def test_a_silent_xet_storage_ends_an_upload(hub: LoopbackHub, made: Path, push: Pusher) -> None:
+    hub.add_repo("org/base", made / "base")
+    hub.xet = f"{hub.endpoint}/storage"
+    hub.fail("/storage/*", hang=True)
+    xet = {"HF_HUB_DISABLE_XET": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "1ms"}
+    result = push(made / "run", "org/out", "--base-id", "org/base", **xet)
+    assert_one_sentence(result, 11, "cannot push to org/out: the connection broke off", "same command", notices=True)
+    assert any(request.path.startswith("/storage/") for request in hub.requests)
+
+
 def hub_oid(path: Path) -> str:
     import hashlib
 
