@@ -15,6 +15,7 @@ from nlora_surgery.checkpoint import Checkpoint, TensorInfo
 from nlora_surgery.errors import TargetError, UnsupportedCheckpointError
 
 __all__ = [
+    "EXPERT_PARTS",
     "ExpertPiece",
     "Target",
     "choose_targets",
@@ -59,6 +60,9 @@ _FUSED_FROM = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
+
+# The last components of the names that experts have, fused or not.
+EXPERT_PARTS = {*_FUSED_FROM, *(part for ways in _FUSED_FROM.values() for parts in ways for part in parts)}
 
 # Families whose classes in transformers 5 name their modules otherwise than the checkpoint does: what to replace in the
 # path of a tensor for the path of its module. PEFT renames some of these itself, some not.
