@@ -29,6 +29,7 @@ __all__ = ["command"]
               help="Start from MODEL itself, without an init before: its start is subtracted virtually.")  # fmt: skip
 @click.option("--rank", "-r", type=int, default=64, show_default=True, help="With --init: r of every adapted module.")
 @click.option("--targets", multiple=True, callback=split_names, help="With --init: as in init.")
+@click.option("--exclude", multiple=True, callback=split_names, help="With --init: as in init.")
 @click.option("--epochs", type=float, default=1.0, show_default=True)
 @click.option("--max-steps", type=int, help="Optimizer steps, instead of epochs.")
 @click.option("--lr", "learning_rate", type=float, help="Peak learning rate of AdamW.  [default: 2e-4, inttune 2e-3]")
@@ -73,6 +74,7 @@ def command(
     method: Any,
     rank: int,
     targets: tuple[str, ...],
+    exclude: tuple[str, ...],
     max_length: int,
     too_long: str,
     template: str,
@@ -97,6 +99,7 @@ def command(
 
     from nlora_surgery_cli.options import locate_base_and_adapter
 
+    from nlora_surgery.surgery.prepare import InitOptions
     from nlora_surgery.training.data import DataOptions
     from nlora_surgery.training.trainer import TrainOptions, evaluate, join_processes, train
 
@@ -115,7 +118,10 @@ def command(
         if found is not None:
             raise OptionError(f"{model} has an adapter already; leave --init away to train that")
         join_processes(train_options.device)
-        found = _start(model, base, out, method, rank, targets, resume=resume, overwrite=overwrite)
+        residual = "none" if method == "lora" else "virtual"
+        factor = FactorOptions(method=method)
+        init_options = InitOptions(rank=rank, factor=factor, residual=residual, targets=targets, exclude=exclude)
+        found = _start(model, base, out, init_options, resume=resume, overwrite=overwrite)
     if found is None:
         raise AdapterError(
             f"{model} holds no adapter to train; run init on it first, or give --init nystrom --rank {rank}"
@@ -135,18 +141,18 @@ def command(
     )
 
 
-def _start(
-    name: str, base: Path, out: Path, method: Any, rank: int, targets: tuple[str, ...], *, resume: bool, overwrite: bool
-) -> Path:
+def _start(name: str, base: Path, out: Path, options: Any, *, resume: bool, overwrite: bool) -> Path:
     """Make the adapter that the run starts from, beside what the run will write."""
-    from nlora_surgery.surgery.prepare import InitOptions, plan_init, prepare
+    from nlora_surgery.surgery.prepare import plan_init, prepare
+    from nlora_surgery.training.layers import find_modules
+    from nlora_surgery.training.loading import load_skeleton
     from nlora_surgery.training.trainer import START_FOLDER
 
     start = out / START_FOLDER
     if not (resume and start.exists()):
-        residual = "none" if method == "lora" else "virtual"
-        options = InitOptions(rank=rank, factor=FactorOptions(method=method), residual=residual, targets=targets)
-        prepare(plan_init(base, start, options, source_name=name), overwrite=overwrite)
+        plan = plan_init(base, start, options, source_name=name)
+        find_modules([target.module for target in plan.targets], load_skeleton(base), name)
+        prepare(plan, overwrite=overwrite)
     return start / "adapter"
 
 

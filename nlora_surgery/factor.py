@@ -96,6 +96,15 @@ class Factors:
         lora_N = None if self.lora_N is None else self.lora_N.to(dtype)
         return Factors(self.lora_A.to(dtype), self.lora_B.to(dtype), lora_N, self.condition)
 
+    def padded(self, r: int) -> Factors:
+        """The same product at a higher rank, with zeros in what is added; these themselves at their own rank."""
+        missing = r - self.lora_A.shape[-2]
+        if missing <= 0:
+            return self
+        pad = torch.nn.functional.pad
+        lora_N = None if self.lora_N is None else pad(self.lora_N, (0, missing, 0, missing))
+        return Factors(pad(self.lora_A, (0, 0, 0, missing)), pad(self.lora_B, (0, missing)), lora_N, self.condition)
+
     def matrices(self) -> list[Tensor]:
         """`lora_A`, `lora_N` if there is one, `lora_B`: in the order in which an input passes through them."""
         return [matrix for matrix in (self.lora_A, self.lora_N, self.lora_B) if matrix is not None]

@@ -35,6 +35,7 @@ from nlora_surgery.errors import (
 from nlora_surgery.factor import Factors, change_sides, factorize, is_finite, module_generator
 from nlora_surgery.options import METHODS, STARTS_AT_ZERO, FactorOptions
 from nlora_surgery.surgery.prepare import InitOptions
+from nlora_surgery.targets import EXPERT_PARTS
 from nlora_surgery.training.layers import (
     Matrix,
     is_conv1d,
@@ -61,6 +62,11 @@ _PARTS: Final = ("lora_A", "lora_N", "lora_B")
 _INITIAL: Final = ("lora_A_initial", "lora_N_initial", "lora_B_initial")
 _TRAIN: Final = ("nlora", "slora", "inttune")
 _WEIGHT_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_NO_EXPERTS: Final = (
+    "SLORA adapts modules, and experts that are fused are parameters; leave them out (init --exclude experts), or "
+    "adapt them by two matrices: LoraConfig, or of an adapter that init wrote nlora_surgery convert ADAPTER --to lora"
+)
 
 # What LoraConfig has that means the same here; all else of it has to stand at its default.
 _MEANT: Final = frozenset({
@@ -137,6 +143,8 @@ class SLoraConfig(LoraConfig):  # type: ignore[misc]
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown; there are {', '.join(known)}")
+        if self.target_parameters:
+            raise ValueError(f"target_parameters names {', '.join(sorted(self.target_parameters)[:2])}: {_NO_EXPERTS}")
         plain = LoraConfig()
         for name in {each.name for each in fields(LoraConfig)} - _MEANT:
             value, default = getattr(self, name), getattr(plain, name)
@@ -343,6 +351,8 @@ class SLoraModel(LoraModel):  # type: ignore[misc]
         """
         super()._check_new_adapter_config(config)
         config.check()
+        if not config.saved:  # of what is read from a file, every tensor has to find its place
+            _refuse_experts(config.target_modules, self.model)
         name = getattr(self.model, "name_or_path", "")
         found = _fingerprint(Path(name)) if name else None
         if not config.saved:
@@ -427,12 +437,41 @@ class SLoraModel(LoraModel):  # type: ignore[misc]
             model, config, adapter_name, state_dict
         )
         lost = sorted(remapped.keys() - model.state_dict().keys())
+        experts = [name for name in lost if "experts" in name.split(".")]
+        if experts:
+            raise AdapterError(
+                f"{len(experts)} of {len(remapped)} tensors of adapter {adapter_name!r} are those of experts "
+                f"({experts[0]}), which are no modules of this model: {_NO_EXPERTS}"
+            )
         if lost:
             raise AdapterError(
                 f"{len(lost)} of {len(remapped)} tensors of adapter {adapter_name!r} have no place in this model, "
                 f"{lost[0]} first; it may be for another model, or its adapter_config.json is not its own"
             )
         return remapped
+
+
+def _refuse_experts(target_modules: Any, model: nn.Module) -> None:
+    """Refuse names of experts that are no modules of a model: PEFT passes over what it does not find.
+
+    Raises:
+        ValueError: `target_modules` lists such a name.
+    """
+    if isinstance(target_modules, str):
+        return
+    paths = {path for path, _ in model.named_modules()}
+    for target in sorted(target_modules or ()):
+        expert = "experts" in target.split(".") or target.rpartition(".")[2] in EXPERT_PARTS
+        if expert and not any(f".{path}".endswith(f".{target}") for path in paths) and _fused_experts(model):
+            raise ValueError(f"target_modules names {target}, and the model has no such module: {_NO_EXPERTS}")
+
+
+def _fused_experts(model: nn.Module) -> bool:
+    """Whether a model has experts that are parameters of three dimensions."""
+    return any(
+        parameter.ndim == 3 and "experts" in name.split(".") and name.rpartition(".")[2] in EXPERT_PARTS
+        for name, parameter in model.named_parameters()
+    )
 
 
 def _fingerprint(directory: Path) -> str | None:

@@ -15,6 +15,7 @@ from nlora_surgery.checkpoint import Checkpoint, TensorInfo
 from nlora_surgery.errors import TargetError, UnsupportedCheckpointError
 
 __all__ = [
+    "EXPERT_PARTS",
     "ExpertPiece",
     "Target",
     "choose_targets",
@@ -22,6 +23,7 @@ __all__ = [
     "expert_pieces",
     "experts_lie_in_out",
     "is_conv1d",
+    "is_fused_experts",
     "module_kind",
     "module_path",
     "refuse_quantized",
@@ -58,6 +60,9 @@ _FUSED_FROM = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
+
+# The last components of the names that experts have, fused or not.
+EXPERT_PARTS = {*_FUSED_FROM, *(part for ways in _FUSED_FROM.values() for parts in ways for part in parts)}
 
 # Families whose classes in transformers 5 name their modules otherwise than the checkpoint does: what to replace in the
 # path of a tensor for the path of its module. PEFT renames some of these itself, some not.
@@ -261,6 +266,12 @@ def is_conv1d(checkpoint: Checkpoint, module: str) -> bool:
     return bool(_families(checkpoint) & _CONV1D_FAMILIES) and module.rpartition(".")[2] in _CONV1D_MODULES
 
 
+def is_fused_experts(info: TensorInfo) -> bool:
+    """Whether a tensor is a stack of experts' weights, of three dimensions, experts first."""
+    parts = info.name.removesuffix(".weight").split(".")
+    return len(info.shape) == 3 and parts[-1] in _FUSED and any(_EXPERTS.fullmatch(part) for part in parts[:-1])
+
+
 def experts_lie_in_out(checkpoint: Checkpoint) -> bool | None:
     """Whether PEFT takes fused experts as (experts, in, out) rather than (experts, out, in); None if unknown."""
     families = _families(checkpoint)
@@ -405,9 +416,9 @@ def _is_linear(info: TensorInfo) -> bool:
     """Whether a tensor is the weight of a linear map, or a stack of experts' weights."""
     if not all(info.shape) or info.torch_dtype is None:
         return False
-    parts = info.name.removesuffix(".weight").split(".")
     if len(info.shape) == 3:
-        return parts[-1] in _FUSED and any(_EXPERTS.fullmatch(part) for part in parts[:-1])
+        return is_fused_experts(info)
+    parts = info.name.removesuffix(".weight").split(".")
     if len(info.shape) != 2 or not info.name.endswith(".weight"):
         return False
     return not any(_EMBEDDING.fullmatch(part) for part in parts) and not _NORM.fullmatch(parts[-1])

@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -22,6 +22,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +31,7 @@ from nlora_surgery.checkpoint import Checkpoint
 from nlora_surgery.errors import AdapterError, TargetError, UnsupportedCheckpointError
 from nlora_surgery.options import FactorOptions
 from nlora_surgery.surgery.convert import ConvertOptions, convert, plan_convert
+from nlora_surgery.surgery.extract import ExtractOptions, extract, plan_extract
 from nlora_surgery.surgery.inspect import inspect
 from nlora_surgery.surgery.merge import merge, plan_merge
 from nlora_surgery.surgery.prepare import InitOptions, plan_init, prepare
@@ -454,6 +456,200 @@ def test_stock_peft_loads(name: str, way: str, models: Callable[..., Path], tmp_
     scale = max(1.0, float(expected.abs().max()))
     assert (actual - expected).abs().max() <= 1e-4 * scale
     assert (bare - expected).abs().max() > 1e-2 * scale
+
+
+def _tune(model: Path, out: Path, change: Callable[[str, Tensor], Tensor | None]) -> Path:
+    """A copy of a model in which `change` has been added to tensors, in fp64 and rounded once."""
+    shutil.copytree(model, out)
+    for file in out.glob("*.safetensors"):
+        tensors = load_file(file)
+        for key, tensor in tensors.items():
+            added = change(key, tensor)
+            if added is not None:
+                tensors[key] = (tensor.double() + added).to(tensor.dtype)
+        save_file(tensors, file, {"format": "pt"})
+    return out
+
+
+def _low_rank(shape: Sequence[int], rank: int, size: float = 0.1) -> Tensor:
+    *stack, rows, columns = shape
+    return size * torch.randn(*stack, rows, rank).double() @ torch.randn(*stack, rank, columns).double()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stock_peft_loads_what_extract_finds(name: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """The tuned model's outputs from the base, where the rank suffices; layout and targets as init has them."""
+    family = FAMILIES[name]
+    model = models(name, torch.float32)
+    init = {"rank": RANK, "residual": "none", "exclude": family.not_by_peft}
+    plan = plan_init(model, tmp_path / "out", InitOptions(factor=FactorOptions(method="lora"), **init))
+    targets = {target.tensor for target in plan.targets}
+    torch.manual_seed(2)
+    tuned = _tune(model, tmp_path / "tuned", lambda key, t: _low_rank(t.shape, RANK) if key in targets else None)
+    found = plan_extract(model, tuned, tmp_path / "found", ExtractOptions(rank=RANK))
+    three = plan_extract(model, tuned, tmp_path / "three", ExtractOptions(rank=RANK, to="slora"))
+    three_init = plan_init(model, tmp_path / "out", InitOptions(factor=FactorOptions(method="slora"), **init))
+    for ours, theirs in ((found, plan), (three, three_init)):
+        assert ours.engine.side is not None
+        assert theirs.engine.side is not None
+        expected_layout, layout = (
+            {key: info.shape for key, info in side.tensors.items()} for side in (theirs.engine.side, ours.engine.side)
+        )
+        assert layout == expected_layout
+        assert ours.config.target_modules == theirs.config.target_modules
+        assert ours.config.target_parameters == theirs.config.target_parameters
+        assert ours.config.fan_in_fan_out == theirs.config.fan_in_fan_out
+    # Both models are rounded to fp32: 2^-24 of entries of about 1, of changes that are not much smaller.
+    assert extract(found)["error"] < 1e-5
+    expected, bare = _outputs(_load(tuned, family)), _outputs(_load(model, family))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        wrapped = PeftModel.from_pretrained(_load(model, family), str(tmp_path / "found"))
+    assert not [str(each.message) for each in told if "adapter keys" in str(each.message)]
+    scale = max(1.0, float(expected.abs().max()))  # and the tolerance as in test_stock_peft_loads
+    assert (_outputs(wrapped.base_model.model) - expected).abs().max() <= 1e-4 * scale
+    assert (bare - expected).abs().max() > 1e-2 * scale
+
+
+FUSED = ["mixtral, fused", "qwen3_moe, fused", "gpt_oss", "gpt_oss, square", "llama4"]
+
+
+@pytest.mark.parametrize("to", ["lora", "slora"])
+@pytest.mark.parametrize("name", FUSED)
+def test_extract_of_fused_experts_is_the_svd_of_each(
+    name: str, to: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Oracle: torch's SVD in fp64, expert by expert; and base and adapter merged are as far off as is reported."""
+    model = models(name, torch.float32)
+    torch.manual_seed(2)
+    tuned = _tune(
+        model,
+        tmp_path / "tuned",
+        lambda key, t: 0.1 * torch.randn(t.shape).double() if key.endswith(("gate_up_proj", "down_proj")) else None,
+    )
+    options = ExtractOptions(rank=RANK, to=to, method="svd")
+    manifest = extract(plan_extract(model, tuned, tmp_path / "found", options))
+    errors = {module["module"]: module["error"] for module in manifest["modules"]}
+    merge(plan_merge(model, [(tmp_path / "found", 1.0)], tmp_path / "merged"))
+    before, after, merged = map(checkpoint_tensors, (model, tuned, tmp_path / "merged"))
+    adapter = Adapter.open(tmp_path / "found")
+    assert len(errors) == 4
+    assert adapter.parts.keys() == errors.keys()
+    transposed = name.startswith("gpt_oss")
+    for module, error in errors.items():
+        change = after[module].double() - before[module].double()
+        U, S, Vh = torch.linalg.svd(change.mT if transposed else change, full_matrices=False)
+        best = U[..., :RANK] * S[..., None, :RANK] @ Vh[..., :RANK, :]
+        left, right = adapter.sides(module, torch.float64)
+        # Either side is U or V times roots of S, rounded to fp32: together 2 · 2^-24 of ‖√S‖² = ΣS for each expert.
+        distance = torch.linalg.matrix_norm(left @ right - best)
+        assert (distance <= 1.01 * 2.0**-23 * S[:, :RANK].sum(-1)).all(), module
+        tail = float(S[:, RANK:].norm() / S.norm())
+        assert error == pytest.approx(tail, rel=1e-5)
+        off = float((merged[module].double() - after[module].double()).norm())
+        rounding = 2.0**-24 * float(after[module].double().norm())  # of the merge
+        assert abs(off - error * float(change.norm())) <= 2 * rounding + 1e-5 * off, module
+
+
+@pytest.mark.parametrize("to", ["lora", "slora"])
+@pytest.mark.parametrize("name", FUSED)
+def test_extract_cuts_experts_to_the_largest_rank_that_one_needs(
+    name: str, to: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Changes of rank 0, 1, 2 and 3: each expert's product, in fp64; merged, and by stock PEFT, the tuned model."""
+    family, model = FAMILIES[name], models(name, torch.float32)
+    torch.manual_seed(2)
+    tuned = _tune(
+        model,
+        tmp_path / "tuned",
+        lambda key, t: (
+            torch.stack([_low_rank(t.shape[1:], rank) for rank in range(4)])
+            if key.endswith(("gate_up_proj", "down_proj"))
+            else None
+        ),
+    )
+    options = ExtractOptions(rank=8, to=to, tolerance=1e-3)
+    manifest = extract(plan_extract(model, tuned, tmp_path / "found", options))
+    assert {module["r"] for module in manifest["modules"]} == {3}
+    before, after = map(checkpoint_tensors, (model, tuned))
+    adapter = Adapter.open(tmp_path / "found")
+    for module in adapter.parts:
+        change = after[module].double() - before[module].double()
+        left, right = adapter.sides(module, torch.float64)
+        assert left.shape[-1] == 3
+        product = (left @ right).mT if name.startswith("gpt_oss") else left @ right
+        distance = torch.linalg.matrix_norm(product - change)
+        assert (distance <= 1e-3 * torch.linalg.matrix_norm(change)).all(), module
+    if to == "lora":
+        expected = _outputs(_load(tuned, family))
+        wrapped = PeftModel.from_pretrained(_load(model, family), str(tmp_path / "found"))
+        # What the tolerance cut is below 1e-3 of a change that is about as large as the weights.
+        assert (_outputs(wrapped.base_model.model) - expected).abs().max() <= 1e-3 * max(1, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_extract_where_one_expert_changed(name: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """Stock PEFT fuses all experts of a layer or none, so that the others are there with it; outputs as tuned."""
+    family, model = FAMILIES[name], models(name, torch.float32)
+    torch.manual_seed(2)
+    tuned = _tune(model, tmp_path / "tuned", lambda k, t: _low_rank(t.shape, RANK) if "1.mlp.experts.2." in
+                  k.replace("block_sparse_moe", "mlp") else None)  # fmt: skip
+    manifest = extract(plan_extract(model, tuned, tmp_path / "found", ExtractOptions(rank=RANK)))
+    assert len(manifest["modules"]) == 4 * 3  # of one layer
+    assert sum(module["change_norm"] > 0 for module in manifest["modules"]) == 3
+    expected, bare = _outputs(_load(tuned, family)), _outputs(_load(model, family))
+    wrapped = PeftModel.from_pretrained(_load(model, family), str(tmp_path / "found"))
+    scale = max(1.0, float(expected.abs().max()))
+    assert (_outputs(wrapped.base_model.model) - expected).abs().max() <= 1e-4 * scale
+    assert (bare - expected).abs().max() > 1e-3 * scale
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_extract_from_experts_in_two_forms(
+    surgery: Callable[..., Any], family: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Refused either way round, with what to do; and that does it."""
+    apart, fused = models(family, torch.float32), models(f"{family}, fused", torch.float32)
+    for base, tuned in ((apart, fused), (fused, apart)):
+        done = surgery("extract", base, tuned, "-o", tmp_path / "out", "-r", 4)
+        assert done.code == 3
+        assert f"{fused} has its experts fused (model.layers.0.mlp.experts." in done.stderr
+        assert f"{apart} each by itself (model.layers.0." in done.stderr
+        assert "from_pretrained(DIR).save_pretrained(NEW_DIR, save_original_format=False)" in done.stderr
+        assert not (tmp_path / "out").exists()
+    _load(apart, FAMILIES[family]).save_pretrained(tmp_path / "brought", save_original_format=False)
+    tuned = _tune(tmp_path / "brought", tmp_path / "tuned", lambda key, t: t.double() if "experts" in key else None)
+    plan = plan_extract(fused, tuned, tmp_path / "out", ExtractOptions(rank=RANK))
+    assert {shape.experts for shape in plan.modules.values()} == {4}
+
+
+def test_extract_from_experts_in_an_unknown_order(
+    surgery: Callable[..., Any], models: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(models("gpt_oss", torch.float32), model)
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "some_moe"}
+    (model / "config.json").write_text(json.dumps(config))
+    tuned = _tune(model, tmp_path / "tuned", lambda key, t: t.double() if key.endswith("gate_up_proj") else None)
+    done = surgery("extract", model, tuned, "-o", tmp_path / "out", "-r", 4)
+    assert done.code == 5
+    assert "'some_moe' stores them as (experts, out, in) or (experts, in, out) is not known" in done.stderr
+
+
+def test_extract_with_changes_that_no_adapter_holds(
+    surgery: Callable[..., Any], models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The biases of fused experts, which are no module's: refused, or left out on request; the rest is found."""
+    model = models("gpt_oss", torch.float32)
+    tuned = _tune(model, tmp_path / "tuned", lambda key, t: t.double() if "gate_up_proj" in key else None)
+    arguments = ("extract", model, tuned, "-o", tmp_path / "out", "-r", 4)
+    done = surgery(*arguments)
+    assert done.code == 5
+    assert "gate_up_proj_bias" in done.stderr
+    assert "--others ignore leaves it out" in done.stderr
+    assert surgery(*arguments, "--others", "ignore").code == 0
+    parameters = {f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(2)}
+    assert Adapter.open(tmp_path / "out").parts.keys() == parameters
 
 
 # --- what is carried, what is left alone, what is refused -------------------------------------------------------------

@@ -20,7 +20,7 @@ FLOORS = [
     {"factor", "checkpoint", "adapter_keys"},
     {"devices", "ranks", "staging"},
     {"rewrite", "targets", "adapter"},
-    {"manifest"},
+    {"manifest", "training.layers"},
     {
         "surgery.prepare",
         "surgery.convert",
@@ -29,7 +29,6 @@ FLOORS = [
         "surgery.verify",
         "surgery.inspect",
         "hub",
-        "training.layers",
         "training.data",
         "training.loading",
         "card",

@@ -393,7 +393,7 @@ def _edit(plan: ConvertPlan, info: TensorInfo, stored: Tensor) -> Edit:
         made = Factors.stack([_cut(plan, each, one, other) for one, other in zip(left, right, strict=True)])
     else:
         made = _cut(plan, each, left, right)
-    made = _padded(made.to(dtype), each.r)
+    made = made.to(dtype).padded(each.r)  # for loaders that know one rank only
     if not all(map(is_finite, made.matrices())):
         wider = "bfloat16" if options.vllm else "float32"
         mend = f"use --dtype {wider}" if dtype.itemsize == 2 else "its training diverged"
@@ -445,15 +445,6 @@ def _with_core(factors: Factors, options: ConvertOptions) -> Factors:
     *stack, r, _ = factors.lora_A.shape
     identity = torch.eye(r, dtype=factors.lora_A.dtype).expand(*stack, r, r)
     return Factors(factors.lora_A, factors.lora_B, identity)
-
-
-def _padded(factors: Factors, r: int) -> Factors:
-    """Rows and columns of zeros up to rank r, for loaders that know one rank only."""
-    missing = r - factors.lora_A.shape[-2]
-    if missing <= 0:
-        return factors
-    pad = torch.nn.functional.pad
-    return Factors(pad(factors.lora_A, (0, 0, 0, missing)), pad(factors.lora_B, (0, missing)), factors.lora_N)
 
 
 def _error(plan: ConvertPlan, each: _Module, left: Tensor, right: Tensor, made: Factors) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlora_surgery.adapter import FINGERPRINT_KEY, AdapterConfig, ModuleShape, adapter_task_type, tensor_name
+from nlora_surgery.adapter import FINGERPRINT_KEY, AdapterConfig, AdapterLayout, ModuleShape, adapter_task_type
 from nlora_surgery.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -39,11 +40,21 @@ from nlora_surgery.factor import (
 from nlora_surgery.manifest import identify, write_manifest
 from nlora_surgery.options import ADAPTER_DTYPES
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
-from nlora_surgery.targets import is_conv1d, module_path, refuse_quantized, target_modules_for
+from nlora_surgery.targets import (
+    expert_pieces,
+    experts_lie_in_out,
+    is_conv1d,
+    is_fused_experts,
+    module_path,
+    refuse_quantized,
+    target_modules_for,
+    target_parameters_for,
+)
 
 __all__ = ["ExtractOptions", "ExtractPlan", "extract", "plan_extract"]
 
 _OVERSAMPLING = 16
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.\w+\.weight")  # of a checkpoint that keeps every expert by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +108,7 @@ class ExtractPlan:
         base, tuned: the opened checkpoints.
         out: the directory to be made.
         options: as given.
-        modules: the changed linear weights: shapes by tensor name.
+        modules: the changed linear weights, fused experts among them: shapes by tensor name.
         replaced: changed tensors that go to modules_to_save.
         ignored: changed tensors that are left out.
         config: of the adapter, before ranks are cut by a tolerance.
@@ -113,6 +124,11 @@ class ExtractPlan:
     ignored: Sequence[str]
     config: AdapterConfig
     engine: Plan
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """How the factors lie in the adapter's file, before ranks are cut by a tolerance."""
+        return AdapterLayout(self.modules.values(), three_matrix=self.options.to == "slora")
 
 
 def plan_extract(
@@ -145,6 +161,7 @@ def plan_extract(
     refuse_quantized(result, "compared")
     odd = sorted(source.tensors.keys() ^ result.tensors.keys())
     if odd:
+        _refuse_other_experts(source, result)
         raise CheckpointError(
             f"{base} and {tuned} are not of one architecture: {len(odd)} tensors are in one of them only, "
             f"{odd[0]} for instance"
@@ -155,16 +172,17 @@ def plan_extract(
 
     modules: dict[str, ModuleShape] = {}
     replaced: list[str] = []
-    for name in changed:
+    for name in _with_other_experts(source, changed):
         before, after = source.tensors[name], result.tensors[name]
         if _is_factorable(before, after):
-            module = module_path(source, name)
-            out_features, in_features = before.shape[::-1] if is_conv1d(source, module) else before.shape
-            modules[name] = ModuleShape(module, out_features, in_features, min(options.rank, *before.shape))
+            modules[name] = _shape(source, before, options.rank)
         else:
             replaced.append(name)
     resized = [name for name in replaced if source.tensors[name].shape != result.tensors[name].shape]
-    unsavable = [name for name in replaced if result.tensors[name].torch_dtype is None]
+    # modules_to_save knows the weights and biases of modules; a parameter by itself has no place there.
+    unsavable = [
+        name for name in replaced if result.tensors[name].torch_dtype is None or not name.endswith((".weight", ".bias"))
+    ]
     if replaced and options.others == "refuse":
         raise TargetError(
             f"{len(replaced)} changed tensors are no linear weights: {', '.join(replaced[:5])}; --others save puts "
@@ -185,13 +203,10 @@ def plan_extract(
     fingerprint = source.fingerprint()
     config = _config(source, modules, replaced, options, base_name or str(base), fingerprint)
     dtype = getattr(torch, options.dtype)
+    layout = AdapterLayout(modules.values(), three_matrix=options.to == "slora")
     side = plan_file(
         ADAPTER_WEIGHTS,
-        [
-            (tensor_name(shape.module, part), dtype, size)
-            for shape in modules.values()
-            for part, size in shape.parts(three_matrix=options.to == "slora").items()
-        ]
+        [(key, dtype, size) for shape in modules.values() for key, size in layout.tensors(shape.module)]
         + [
             (f"base_model.model.{name}", FLOAT_DTYPES[result.tensors[name].dtype], result.tensors[name].shape)
             for name in replaced
@@ -275,30 +290,104 @@ def _changed(source: Checkpoint, result: Checkpoint) -> list[str]:
         ]
 
 
+def _with_other_experts(source: Checkpoint, changed: Sequence[str]) -> list[str]:
+    """The changed tensors, and where one expert changed, its layer's other experts: PEFT fuses all of them or none."""
+    layers = {match[1] for name in changed if (match := _EXPERT.fullmatch(name))}
+    others = {name for name in source.tensors if (match := _EXPERT.fullmatch(name)) and match[1] in layers}
+    return [name for name in source.tensors if name in others.union(changed)]
+
+
 def _same_bytes(left: memoryview, right: memoryview) -> bool:
     """Whether two buffers of one length are equal; as words, since Python compares element by element."""
     whole = len(left) - len(left) % 8
     return left[:whole].cast("Q") == right[:whole].cast("Q") and left[whole:] == right[whole:]
 
 
+def _refuse_other_experts(source: Checkpoint, result: Checkpoint) -> None:
+    """Say so where experts lie fused in one of the two, and each by itself in the other."""
+    for fused, other in ((source, result), (result, source)):
+        for info in filter(is_fused_experts, fused):
+            pieces = [] if info.name in other.tensors else expert_pieces(other, info.name)
+            if pieces:
+                raise CheckpointError(
+                    f"{fused.directory} has its experts fused ({info.name}), {other.directory} each by itself "
+                    f"({pieces[0].tensor}); bring the second into the form of the first, with transformers 5: "
+                    "from_pretrained(DIR).save_pretrained(NEW_DIR, save_original_format=False)"
+                )
+
+
 def _is_factorable(before: TensorInfo, after: TensorInfo) -> bool:
     floats = before.torch_dtype is not None and after.torch_dtype is not None
+    if not floats or before.shape != after.shape or min(before.shape[-2:], default=1) == 1:
+        return False
+    if is_fused_experts(before):
+        return True
     module = before.name.removesuffix(".weight")
     embedding = "embed" in module.rpartition(".")[2] or module.rpartition(".")[2] in {"wte", "wpe", "shared"}
-    return (
-        floats
-        and before.shape == after.shape
-        and len(before.shape) == 2
-        and min(before.shape) > 1
-        and (before.name.endswith(".weight") and not embedding)
-    )
+    return len(before.shape) == 2 and before.name.endswith(".weight") and not embedding
+
+
+def _shape(source: Checkpoint, info: TensorInfo, rank: int) -> ModuleShape:
+    """The shapes of one changed weight's factors.
+
+    Raises:
+        TargetError: which way fused experts lie is not known.
+    """
+    module = module_path(source, info.name)
+    experts = info.shape[0] if len(info.shape) == 3 else None
+    if experts is not None and experts_lie_in_out(source) is None:
+        raise TargetError(
+            f"the experts of {info.name} are fused, and whether model_type {source.config.get('model_type')!r} stores "
+            "them as (experts, out, in) or (experts, in, out) is not known; it will not be guessed, and no adapter "
+            "can be extracted for them"
+        )
+    out_features, in_features = info.shape[:-3:-1] if _is_transposed(source, module, experts) else info.shape[-2:]
+    return ModuleShape(module, out_features, in_features, min(rank, out_features, in_features), experts)
+
+
+def _is_transposed(source: Checkpoint, module: str, experts: int | None) -> bool:
+    """Whether a weight, or those of all its experts, lie as (in, out)."""
+    return is_conv1d(source, module) if experts is None else experts_lie_in_out(source) is True
 
 
 def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
-    options = plan.options
     after = plan.tuned.tensor(info.name)
     if info.name in plan.replaced:
         return Edit(sides={f"base_model.model.{info.name}": after})
+    shape = plan.modules[info.name]
+    if shape.experts is None:
+        found = [_extract_one(plan, info.name, shape, stored, after, shape.module)]
+        factors = found[0].factors.padded(shape.r)
+    else:  # as many matrices, each found by itself
+        found = [
+            _extract_one(plan, info.name, shape, stored[expert], after[expert], f"{shape.module}.{expert}")
+            for expert in range(shape.experts)
+        ]
+        factors = Factors.stack([each.factors.padded(shape.r) for each in found])
+    plan.tuned.release(info.name)
+    figures = {
+        "change_norm": math.hypot(*(each.change_norm for each in found)),
+        "error_norm": math.hypot(*(each.error_norm for each in found)),
+        "r": max(each.factors.lora_A.shape[0] for each in found),
+    }
+    # In the place that was planned for the rank asked for; `_finish` cuts the zeros off again.
+    return Edit(sides=plan.layout.stored(shape.module, factors), figures=figures)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The factors of one matrix's change, ‖change‖, and ‖change - product‖."""
+
+    factors: Factors
+    change_norm: float
+    error_norm: float
+
+
+def _extract_one(
+    plan: ExtractPlan, name: str, shape: ModuleShape, stored: Tensor, after: Tensor, stream: str
+) -> _Found:
+    """Factor the change of one matrix, as it lies; `stream` names its random numbers."""
+    options = plan.options
     dtype = max((compute_dtype(stored.dtype), compute_dtype(after.dtype)), key=lambda each: each.itemsize)
     # The change is formed as a whole: both sides are rounded numbers, and their difference is exact in few dtypes.
     change, after = torch.empty(stored.shape, dtype=dtype, device=stored.device), after.to(stored.device)
@@ -310,10 +399,8 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
             coarse[rows].copy_(tile)
     size = float(torch.linalg.vector_norm(change))
     if not math.isfinite(size):
-        raise _not_finite(plan, info.name, stored, after)
-    plan.tuned.release(info.name)
-    shape = plan.modules[info.name]
-    if is_conv1d(plan.base, shape.module):
+        raise _not_finite(plan, name, stored, after)
+    if _is_transposed(plan.base, shape.module, shape.experts):
         change, coarse = change.T, None if coarse is None else coarse.T
     if options.method == "svd":
         svd = truncated_svd(change, shape.r, dtype)
@@ -323,7 +410,7 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
             shape.r,
             oversampling=_OVERSAMPLING,
             power_steps=2,
-            generator=module_generator(options.seed, shape.module),
+            generator=module_generator(options.seed, stream),
             dtype=dtype,
             coarse=coarse,
         )
@@ -332,19 +419,12 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
     made = split_scale(svd, "balanced")
     factors = (made if options.to == "slora" else Factors(made.lora_A, made.lora_B)).to(getattr(torch, options.dtype))
     if not all(map(is_finite, factors.matrices())):
-        raise NonFiniteError(info.name, f"a factor of {info.name!r} overflows {options.dtype}; use --dtype float32")
+        raise NonFiniteError(name, f"a factor of {name!r} overflows {options.dtype}; use --dtype float32")
     left, right = factors.sides(1.0, dtype)
     squares = 0.0
     for rows in row_tiles(change.shape, dtype.itemsize):
         squares += float(torch.linalg.vector_norm(change[rows].sub_(left[rows] @ right))) ** 2
-    parts = {"lora_A": factors.lora_A, "lora_N": factors.lora_N, "lora_B": factors.lora_B}
-    sides = {
-        tensor_name(shape.module, part): _widened(matrix, part, shape)
-        for part, matrix in parts.items()
-        if matrix is not None
-    }
-    figures = {"change_norm": size, "error_norm": math.sqrt(squares), "r": kept}
-    return Edit(sides=sides, figures=figures)
+    return _Found(factors, size, math.sqrt(squares))
 
 
 def _not_finite(plan: ExtractPlan, name: str, stored: Tensor, after: Tensor) -> NonFiniteError:
@@ -363,14 +443,6 @@ def _kept(values: Tensor, size: float, tolerance: float) -> int:
     left_over = size**2 - values.double().square().cumsum(0)
     enough = (left_over <= (tolerance * size) ** 2).nonzero()
     return int(enough[0]) + 1 if len(enough) else len(values)
-
-
-def _widened(matrix: Tensor, part: str, shape: ModuleShape) -> Tensor:
-    """A factor in the place that was planned for rank r; `_finish` cuts the zeros off again."""
-    planned = shape.parts(three_matrix=True)[part]
-    wide = torch.zeros(planned, dtype=matrix.dtype)
-    wide[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return wide
 
 
 def _finish(plan: ExtractPlan, tree: Path, records: dict[str, dict[str, Any]]) -> None:
@@ -405,27 +477,33 @@ def _finish(plan: ExtractPlan, tree: Path, records: dict[str, dict[str, Any]]) -
 def _cut(plan: ExtractPlan, tree: Path, ranks: dict[str, int]) -> None:
     """Write the adapter file again with each module at the rank that its tolerance needs."""
     assert plan.engine.side is not None
-    three = plan.options.to == "slora"
-    dtype = getattr(torch, plan.options.dtype)
+    dtype, three = getattr(torch, plan.options.dtype), plan.options.to == "slora"
+    layout = AdapterLayout(
+        [replace(shape, r=ranks[shape.module]) for shape in plan.modules.values()], three_matrix=three
+    )
+    # Two matrices of fused experts have the experts' rows of lora_A one behind the other.
+    flat = {
+        layout.name(shape.module, "lora_A"): shape.experts
+        for shape in plan.modules.values()
+        if shape.experts is not None and not three
+    }
     with Checkpoint.open_file(tree / ADAPTER_WEIGHTS) as wide:
-        tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-        for shape in plan.modules.values():
-            cut = ModuleShape(shape.module, shape.out_features, shape.in_features, ranks[shape.module])
-            tensors += [
-                (tensor_name(cut.module, part), dtype, size) for part, size in cut.parts(three_matrix=three).items()
-            ]
+        tensors = [(key, dtype, size) for shape in plan.modules.values() for key, size in layout.tensors(shape.module)]
         for name in plan.replaced:
             info = wide.tensors[f"base_model.model.{name}"]
             tensors.append((info.name, FLOAT_DTYPES[info.dtype], info.shape))
-        layout = plan_file(ADAPTER_WEIGHTS, tensors, plan.engine.side.metadata)
-        narrow = tree / f"{ADAPTER_WEIGHTS}.tmp"
-        with open(narrow, "wb") as file:
-            file.write(layout.header)
-            for info in sorted(layout.tensors.values(), key=lambda info: info.start):
+        narrow = plan_file(ADAPTER_WEIGHTS, tensors, plan.engine.side.metadata)
+        written = tree / f"{ADAPTER_WEIGHTS}.tmp"
+        with open(written, "wb") as file:
+            file.write(narrow.header)
+            for info in sorted(narrow.tensors.values(), key=lambda info: info.start):
                 own = wide.tensor(info.name)
-                own = own[: info.shape[0], : info.shape[1]] if len(info.shape) == 2 else own
+                if info.name in flat:
+                    experts = flat[info.name]
+                    own = own.view(experts, -1, own.shape[-1])[:, : info.shape[0] // experts].flatten(0, 1)
+                own = own[tuple(map(slice, info.shape))]
                 file.write(own.contiguous().view(torch.uint8).numpy().tobytes())
-    narrow.replace(tree / ADAPTER_WEIGHTS)
+    written.replace(tree / ADAPTER_WEIGHTS)
 
 
 def _config(
@@ -437,16 +515,18 @@ def _config(
     fingerprint: str,
 ) -> AdapterConfig:
     saved = sorted({name.rpartition(".")[0] for name in replaced})
-    paths = [shape.module for shape in modules.values()]
+    paths = [shape.module for shape in modules.values() if shape.experts is None]
+    parameters = [shape.module for shape in modules.values() if shape.experts is not None]
     config = AdapterConfig(
         peft_type=options.to.upper(),
         r=options.rank,
         lora_alpha=float(options.rank),
         target_modules=target_modules_for(paths, source) if paths else [],
-        fan_in_fan_out=bool(paths) and all(is_conv1d(source, path) for path in paths),
+        fan_in_fan_out=bool(paths) and not parameters and all(is_conv1d(source, path) for path in paths),
         base_model_name_or_path=base_name,
         task_type=adapter_task_type(source.config),
         base_fingerprint=fingerprint,
+        target_parameters=target_parameters_for(parameters, source),
         extra={"modules_to_save": saved} if saved else {},
     )
     return _ranked(config, {shape.module: shape.r for shape in modules.values()})
@@ -460,8 +540,12 @@ def _ranked(config: AdapterConfig, ranks: dict[str, int]) -> AdapterConfig:
 
 
 def _module_bytes(shape: ModuleShape, stored: torch.dtype, options: ExtractOptions) -> int:
-    """About what one weight's extraction allocates: its change, and a sketch, or an SVD with LAPACK's own space."""
+    """About what one weight's extraction allocates: its change, and a sketch, or an SVD with LAPACK's own space.
+
+    Of fused experts that is for one of them at a time, and the factors of all.
+    """
     itemsize = compute_dtype(stored).itemsize
     whole = itemsize * shape.out_features * shape.in_features
     sides = itemsize * (shape.r + _OVERSAMPLING) * (shape.out_features + shape.in_features)
-    return 5 * whole if options.method == "svd" else whole + whole // 2 + 5 * sides
+    stacks = 3 * sides * (shape.experts or 0)
+    return stacks + (5 * whole if options.method == "svd" else whole + whole // 2 + 5 * sides)

@@ -8,7 +8,7 @@ so that the first output is the base's own, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "adapter_tensors",
     "attach",
     "detach",
+    "find_modules",
     "freeze",
     "is_conv1d",
     "linear_shape",
@@ -310,19 +311,10 @@ def attach(
             what the layer does not compute (DoRA, embeddings, biases, replaced weights).
     """
     _refuse_other_parts(adapter)
-    modules = dict(model.named_modules())
-    found = {name: _find_module(name, modules) for name in adapter.parts}
-    missing = [name for name, path in found.items() if path is None]
-    if missing:
-        raise AdapterError(
-            f"{len(missing)} of {len(found)} modules of {adapter.directory} are not in the model: "
-            f"{', '.join(missing[:5])}{'…' if len(missing) > 5 else ''}"
-        )
     layers = []
-    for name, path in found.items():
-        assert path is not None
+    for name, path in find_modules(adapter.parts, model, str(adapter.directory)).items():
         layer = AdapterLinear(
-            modules[path],
+            model.get_submodule(path),
             adapter.factors(name),
             adapter.scaling(name),
             module=name,
@@ -333,6 +325,39 @@ def attach(
         _replace(model, path, layer)
         layers.append(layer)
     return layers
+
+
+def find_modules(names: Iterable[str], model: nn.Module, owner: str) -> dict[str, str]:
+    """Where in a model the modules are that an adapter names.
+
+    Args:
+        names: of the modules, as adapters on disk have them.
+        model: as transformers builds it; its weights are not looked at.
+        owner: whose modules they are, for the message.
+
+    Returns:
+        Path in the model by name.
+
+    Raises:
+        AdapterError: the model lacks one; if that is an expert, which transformers has as a parameter, the message says
+            what can be done.
+    """
+    modules = dict(model.named_modules())
+    found = {name: _find_module(name, modules) for name in names}
+    missing = [name for name, path in found.items() if path is None]
+    experts = [name for name in missing if "experts" in name.split(".")]
+    if experts:
+        raise AdapterError(
+            f"{len(experts)} of {len(found)} modules of {owner} are experts ({experts[0]}), which transformers fuses "
+            "into parameters, and train and generate adapt modules only: leave them out with --exclude experts, train "
+            "them in PEFT as two matrices (init, then convert --to lora), or merge what is trained into its base"
+        )
+    if missing:
+        raise AdapterError(
+            f"{len(missing)} of {len(found)} modules of {owner} are not in the model: "
+            f"{', '.join(missing[:5])}{'…' if len(missing) > 5 else ''}"
+        )
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:

@@ -10,20 +10,39 @@ import torch
 from nlora_surgery.adapter import Adapter, check_base
 from nlora_surgery.checkpoint import Checkpoint
 from nlora_surgery.errors import CheckpointError
+from nlora_surgery.training.layers import find_modules
 
-__all__ = ["load_model", "load_tokenizer", "open_adapter"]
+__all__ = ["load_model", "load_skeleton", "load_tokenizer", "open_adapter"]
 
 
 def open_adapter(directory: Path, base: Path) -> Adapter:
-    """Open an adapter for the base that it is about to be put on.
+    """Open an adapter for the base that it is about to be put on, before that is loaded.
 
     Raises:
-        AdapterError, BaseMismatchError, CheckpointError: one is damaged, or they do not belong together.
+        AdapterError, BaseMismatchError, CheckpointError: one is damaged, or they do not belong together, or the model
+            has no such modules.
     """
     adapter = Adapter.open(directory)
     with Checkpoint.open(base) as checkpoint:
         check_base(adapter, checkpoint)
+    find_modules(adapter.parts, load_skeleton(base), str(adapter.directory))
     return adapter
+
+
+def load_skeleton(directory: Path) -> Any:
+    """The modules of a causal language model by transformers, without its weights.
+
+    Raises:
+        CheckpointError: transformers has no class for it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise _does_not_load(directory, error) from error
 
 
 def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto") -> Any:
@@ -44,7 +63,11 @@ def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto") ->
     try:
         return AutoModelForCausalLM.from_pretrained(str(directory), dtype=wanted, trust_remote_code=False)
     except Exception as error:  # whatever transformers raises, the finding is the same: it does not load
-        raise CheckpointError(f"transformers cannot load a causal language model from {directory}: {error}") from error
+        raise _does_not_load(directory, error) from error
+
+
+def _does_not_load(directory: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"transformers cannot load a causal language model from {directory}: {error}")
 
 
 def load_tokenizer(directory: Path) -> Any:
