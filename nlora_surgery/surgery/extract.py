@@ -39,7 +39,7 @@ from nlora_surgery.factor import (
 from nlora_surgery.manifest import identify, write_manifest
 from nlora_surgery.options import ADAPTER_DTYPES
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
-from nlora_surgery.targets import is_conv1d, module_path, refuse_quantized, target_modules_for
+from nlora_surgery.targets import choose_targets, is_conv1d, module_path, refuse_quantized, target_modules_for
 
 __all__ = ["ExtractOptions", "ExtractPlan", "extract", "plan_extract"]
 
@@ -52,16 +52,18 @@ class ExtractOptions:
 
     Attributes:
         rank: r at most; smaller modules get min(out, in).
+        targets: what is to be factored of all that changed, see `choose_targets`; empty is every linear weight.
         to: `lora` or `slora`.
         method: `sketch` or `svd`, the exact one.
         tolerance: leave away singular values while ‖error‖/‖change‖ stays below it; 0 keeps all `rank` of them.
-        others: what to do with changed tensors that are no linear weights: `save` puts them into
+        others: what to do with changed tensors that are not to be factored: `save` puts them into
             modules_to_save, `refuse` fails, `ignore` leaves them out and says so.
         dtype: of the adapter.
         seed: of the sketch.
     """
 
     rank: int = 64
+    targets: Sequence[str] = ()
     to: str = "lora"
     method: str = "sketch"
     tolerance: float = 0.0
@@ -97,7 +99,7 @@ class ExtractPlan:
         base, tuned: the opened checkpoints.
         out: the directory to be made.
         options: as given.
-        modules: the changed linear weights: shapes by tensor name.
+        modules: the changed weights that are factored: shapes by tensor name.
         replaced: changed tensors that go to modules_to_save.
         ignored: changed tensors that are left out.
         config: of the adapter, before ranks are cut by a tolerance.
@@ -136,7 +138,8 @@ def plan_extract(
 
     Raises:
         CheckpointError: they are not of one architecture.
-        TargetError: nothing changed; or, with `others="refuse"`, something that is no linear weight did.
+        TargetError: nothing changed; or, with `others="refuse"`, something that is not to be factored did; or
+            `targets` name what is not there.
     """
     options.check()
     device_kind = resolve_devices(device)[0].type
@@ -155,9 +158,17 @@ def plan_extract(
 
     modules: dict[str, ModuleShape] = {}
     replaced: list[str] = []
+    chosen = choose_targets(source, options.rank, options.targets) if options.targets else ()
+    named = {target.tensor: target for target in chosen}
     for name in changed:
         before, after = source.tensors[name], result.tensors[name]
-        if _is_factorable(before, after):
+        target = named.get(name)
+        if options.targets and target is None:
+            replaced.append(name)
+        elif target is not None and target.kernel is not None and _is_alike(before, after):
+            sides = target.out_features, target.in_features
+            modules[name] = ModuleShape(target.module, *sides, target.r, kernel=target.kernel)
+        elif _is_factorable(before, after):
             module = module_path(source, name)
             out_features, in_features = before.shape[::-1] if is_conv1d(source, module) else before.shape
             modules[name] = ModuleShape(module, out_features, in_features, min(options.rank, *before.shape))
@@ -165,9 +176,10 @@ def plan_extract(
             replaced.append(name)
     resized = [name for name in replaced if source.tensors[name].shape != result.tensors[name].shape]
     unsavable = [name for name in replaced if result.tensors[name].torch_dtype is None]
+    what = "target" if options.targets else "linear weight"
     if replaced and options.others == "refuse":
         raise TargetError(
-            f"{len(replaced)} changed tensors are no linear weights: {', '.join(replaced[:5])}; --others save puts "
+            f"{len(replaced)} changed tensors are no {what}s: {', '.join(replaced[:5])}; --others save puts "
             "them into modules_to_save, --others ignore leaves them out"
         )
     if options.others == "save" and (resized or unsavable):
@@ -180,7 +192,7 @@ def plan_extract(
     ignored = replaced if options.others == "ignore" else []
     replaced = [] if options.others == "ignore" else replaced
     if not modules and not replaced:
-        raise TargetError(f"no linear weight changed between {base} and {tuned}; only {', '.join(ignored[:5])} did")
+        raise TargetError(f"no {what} changed between {base} and {tuned}; only {', '.join(ignored[:5])} did")
 
     fingerprint = source.fingerprint()
     config = _config(source, modules, replaced, options, base_name or str(base), fingerprint)
@@ -281,13 +293,16 @@ def _same_bytes(left: memoryview, right: memoryview) -> bool:
     return left[:whole].cast("Q") == right[:whole].cast("Q") and left[whole:] == right[whole:]
 
 
+def _is_alike(before: TensorInfo, after: TensorInfo) -> bool:
+    """Whether one can be subtracted from the other."""
+    return before.torch_dtype is not None and after.torch_dtype is not None and before.shape == after.shape
+
+
 def _is_factorable(before: TensorInfo, after: TensorInfo) -> bool:
-    floats = before.torch_dtype is not None and after.torch_dtype is not None
     module = before.name.removesuffix(".weight")
     embedding = "embed" in module.rpartition(".")[2] or module.rpartition(".")[2] in {"wte", "wpe", "shared"}
     return (
-        floats
-        and before.shape == after.shape
+        _is_alike(before, after)
         and len(before.shape) == 2
         and min(before.shape) > 1
         and (before.name.endswith(".weight") and not embedding)
@@ -299,6 +314,9 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
     after = plan.tuned.tensor(info.name)
     if info.name in plan.replaced:
         return Edit(sides={f"base_model.model.{info.name}": after})
+    shape = plan.modules[info.name]
+    if shape.kernel is not None:
+        stored, after = stored.flatten(1), after.flatten(1)
     dtype = max((compute_dtype(stored.dtype), compute_dtype(after.dtype)), key=lambda each: each.itemsize)
     # The change is formed as a whole: both sides are rounded numbers, and their difference is exact in few dtypes.
     change, after = torch.empty(stored.shape, dtype=dtype, device=stored.device), after.to(stored.device)
@@ -312,7 +330,6 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
     if not math.isfinite(size):
         raise _not_finite(plan, info.name, stored, after)
     plan.tuned.release(info.name)
-    shape = plan.modules[info.name]
     if is_conv1d(plan.base, shape.module):
         change, coarse = change.T, None if coarse is None else coarse.T
     if options.method == "svd":
@@ -369,6 +386,7 @@ def _widened(matrix: Tensor, part: str, shape: ModuleShape) -> Tensor:
     """A factor in the place that was planned for rank r; `_finish` cuts the zeros off again."""
     planned = shape.parts(three_matrix=True)[part]
     wide = torch.zeros(planned, dtype=matrix.dtype)
+    matrix = matrix.reshape(len(matrix), -1, *planned[2:])
     wide[: matrix.shape[0], : matrix.shape[1]] = matrix
     return wide
 
@@ -410,7 +428,7 @@ def _cut(plan: ExtractPlan, tree: Path, ranks: dict[str, int]) -> None:
     with Checkpoint.open_file(tree / ADAPTER_WEIGHTS) as wide:
         tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
         for shape in plan.modules.values():
-            cut = ModuleShape(shape.module, shape.out_features, shape.in_features, ranks[shape.module])
+            cut = replace(shape, r=ranks[shape.module])
             tensors += [
                 (tensor_name(cut.module, part), dtype, size) for part, size in cut.parts(three_matrix=three).items()
             ]
@@ -423,7 +441,7 @@ def _cut(plan: ExtractPlan, tree: Path, ranks: dict[str, int]) -> None:
             file.write(layout.header)
             for info in sorted(layout.tensors.values(), key=lambda info: info.start):
                 own = wide.tensor(info.name)
-                own = own[: info.shape[0], : info.shape[1]] if len(info.shape) == 2 else own
+                own = own[: info.shape[0], : info.shape[1]] if len(info.shape) >= 2 else own
                 file.write(own.contiguous().view(torch.uint8).numpy().tobytes())
     narrow.replace(tree / ADAPTER_WEIGHTS)
 
