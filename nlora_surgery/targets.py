@@ -77,12 +77,18 @@ _LLAVA = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
 )
 _MODULE_NAMES: Mapping[str, Sequence[tuple[str, str]]] = {
     **dict.fromkeys(("vit", "deit", "vit_msn"), _VIT),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL),
     **dict.fromkeys(("llava", "gemma3", "mistral3", "paligemma", "vipllava"), _LLAVA),
     "gpt_neox": ((r"^embed_out\.", "lm_head."),),
+}
+# The same by class, where several classes of one model_type differ: those with a projection keep the prefix.
+_CLASS_MODULE_NAMES: Mapping[str, Sequence[tuple[str, str]]] = {
+    **dict.fromkeys(("CLIPVisionModel", "SiglipVisionModel"), ((r"^vision_model\.", ""),)),
+    **dict.fromkeys(("CLIPTextModel", "SiglipTextModel"), ((r"^text_model\.", ""),)),
 }
 # The same for experts: their adapters keep the names on disk, which PEFT knows and fuses; what PEFT saves has these.
 _EXPERT_NAMES: Mapping[str, Sequence[tuple[str, str]]] = {"mixtral": ((r"\.block_sparse_moe\.", ".mlp."),)}
@@ -305,11 +311,9 @@ def _layers_of_the_class(checkpoint: Checkpoint) -> dict[str, Any]:
     import torch
     import transformers
 
-    names = checkpoint.config.get("architectures")
-    name = str(names[0]) if isinstance(names, list) and names else ""
     try:
         config = transformers.AutoConfig.from_pretrained(str(checkpoint.directory), trust_remote_code=False)
-        known = getattr(transformers, name, None)
+        known = getattr(transformers, _class_name(checkpoint), None)
         with torch.device("meta"):
             model = transformers.AutoModel.from_config(config) if known is None else known(config)
     except Exception:  # whatever a configuration that it does not know makes it raise
@@ -323,15 +327,26 @@ def module_path(checkpoint: Checkpoint, tensor: str) -> str:
 
     Mostly the tensor's own name; a few families are stored under older names.
     """
-    return _renamed(tensor, _MODULE_NAMES.get(str(checkpoint.config.get("model_type")), ())).removesuffix(".weight")
+    return _renamed(tensor, _module_names(checkpoint)).removesuffix(".weight")
 
 
 def tensor_aliases(checkpoint: Checkpoint) -> dict[str, str]:
     """The tensors whose names in transformers' classes are others than on disk: name on disk by that name."""
     family = str(checkpoint.config.get("model_type"))
-    rules = (*_MODULE_NAMES.get(family, ()), *_EXPERT_NAMES.get(family, ()))
+    rules = (*_module_names(checkpoint), *_EXPERT_NAMES.get(family, ()))
     renamed = {_renamed(name, rules): name for name in checkpoint.tensors} if rules else {}
     return {alias: name for alias, name in renamed.items() if alias not in checkpoint.tensors}
+
+
+def _module_names(checkpoint: Checkpoint) -> Sequence[tuple[str, str]]:
+    by_family = _MODULE_NAMES.get(str(checkpoint.config.get("model_type")), ())
+    return (*by_family, *_CLASS_MODULE_NAMES.get(_class_name(checkpoint), ()))
+
+
+def _class_name(checkpoint: Checkpoint) -> str:
+    """That of transformers, by config.json; empty where it names none."""
+    names = checkpoint.config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def _renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:

@@ -55,6 +55,7 @@ class Family:
             experts fused, new prefixes.
         not_by_peft: what init has to leave out (`--exclude`) for an adapter that stock PEFT loads.
         targets: convolutions that are asked for (`--targets`), in place of the default.
+        older: a prefix of names that is another on disk, as earlier versions of transformers wrote it.
         read_past: transformers asks the layer for what PEFT's around it lacks, so that it runs only once merged.
     """
 
@@ -65,6 +66,7 @@ class Family:
     fused: bool = False
     not_by_peft: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
+    older: tuple[str, str] | None = None
     read_past: bool = False
 
     @property
@@ -200,6 +202,17 @@ FAMILIES: dict[str, Family] = {
     "llava, new names": Family(
         "LlavaConfig", LLAVA, "LlavaForConditionalGeneration", f"{DECODER} {CLIP}", fused=True
     ),
+    "llava, older names": Family(
+        "LlavaConfig", LLAVA, "LlavaForConditionalGeneration", f"{DECODER} {CLIP}",
+        older=("vision_tower.", "vision_tower.vision_model."),
+    ),
+    "clip, images": Family(
+        "CLIPVisionConfig", VISION, "CLIPVisionModel", CLIP, older=("", "vision_model."),
+    ),
+    "siglip, images": Family(
+        "SiglipVisionConfig", VISION, "SiglipVisionModel", CLIP, older=("", "vision_model."),
+    ),
+    "clip, text": Family("CLIPTextConfig", BERT, "CLIPTextModel", CLIP, older=("", "text_model.")),
     "gemma3, images": Family(
         "Gemma3Config",
         {"text_config": HEADS, "vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 90},
@@ -265,6 +278,18 @@ FAMILIES: dict[str, Family] = {
         "LlavaConfig", LLAVA, "LlavaForConditionalGeneration", "vision_tower.embeddings.patch_embedding",
         targets=("patch_embedding",),
     ),
+    "siglip, patches": Family(
+        "SiglipVisionConfig", VISION, "SiglipVisionModel", "vision_model.embeddings.patch_embedding",
+        targets=("patch_embedding",), older=("", "vision_model."),
+    ),
+    "llava, patches, older names": Family(
+        "LlavaConfig", LLAVA, "LlavaForConditionalGeneration", "vision_tower.vision_model.embeddings.patch_embedding",
+        targets=("patch_embedding",), older=("vision_tower.", "vision_tower.vision_model."),
+    ),
+    "clip, patches of images": Family(
+        "CLIPVisionConfig", VISION, "CLIPVisionModel", "vision_model.embeddings.patch_embedding",
+        targets=("patch_embedding",), older=("", "vision_model."),
+    ),
     "qwen2_vl, patches": Family(
         "Qwen2VLConfig", QWEN_VL, "Qwen2VLForConditionalGeneration", "visual.patch_embed.proj",
         targets=("patch_embed.proj",),
@@ -324,6 +349,10 @@ def _write(family: Family, directory: Path, dtype: torch.dtype) -> Path:
         stored = {tensor.data_ptr() for tensor in own.values()}
         assert not own.keys() <= tensors.keys(), "the class has no names of its own"
         tensors = {n: t for n, t in own.items() if t.data_ptr() in stored and not stored.discard(t.data_ptr())}  # type: ignore[func-returns-value]
+    if family.older is not None:
+        new, old = family.older
+        assert any(name.startswith(new) for name in tensors)
+        tensors = {old + name.removeprefix(new) if name.startswith(new) else name: t for name, t in tensors.items()}
     for path in directory.glob("model*.safetensors*"):
         path.unlink()
     count = max(2, sum(tensor.nbytes for tensor in tensors.values()) // 40_000)
