@@ -323,8 +323,29 @@ def test_extract_where_they_are_named(
         assert (dense(tensors, module) - change).norm() <= 1e-5 * change.norm()
     plan = plan_extract(base, tuned, tmp_path / "whole", ExtractOptions(RANK))
     assert (plan.modules, plan.replaced) == ({}, [name])
-    with pytest.raises(TargetError, match="1 changed tensors are no targets"):
-        plan_extract(base, tuned, tmp_path / "other", ExtractOptions(RANK, ("q_proj",), others="refuse"))
+
+
+def test_extract_factors_what_is_named_and_nothing_else(models: Callable[..., Path], tmp_path: Path) -> None:
+    """A linear changed too: it is saved whole where only the convolution is named, and the other way round."""
+    base, (name, module, _) = models("vit"), KINDS["vit"]
+    shutil.copytree(base, tmp_path / "tuned")
+    linear = "vit.layers.0.attention.q_proj"
+    on_disk = "vit.encoder.layer.0.attention.attention.query.weight"
+    for file in (tmp_path / "tuned").glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({key: t + 1 if key in {name, on_disk} else t for key, t in tensors.items()}, file, {"format": "pt"})
+    for targets, modules, others in (
+        (("projection",), {module}, [on_disk]),
+        (("q_proj",), {linear}, [name]),
+        ((), {linear}, [name]),
+        (("projection", "query"), {module, linear}, []),
+    ):
+        plan = plan_extract(base, tmp_path / "tuned", tmp_path / "out", ExtractOptions(RANK, targets))
+        assert ({shape.module for shape in plan.modules.values()}, plan.replaced) == (modules, others)
+        assert set(plan.config.extra.get("modules_to_save", ())) == {other.removesuffix(".weight") for other in others}
+    options = ExtractOptions(RANK, ("projection",), others="refuse")
+    with pytest.raises(TargetError, match="1 changed tensors are no targets: "):
+        plan_extract(base, tmp_path / "tuned", tmp_path / "out", options)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
