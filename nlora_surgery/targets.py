@@ -228,7 +228,9 @@ def choose_targets(
     if not chosen:
         raise TargetError("--exclude takes away every target; nothing is left to adapt")
 
-    _refuse_other_convolutions(checkpoint, {name: modules[name] for name in chosen if name not in linears})
+    _refuse_other_convolutions(
+        checkpoint, {name: modules[name] for name in modules if name in chosen and name not in linears}
+    )
     return [_target(checkpoint, info, modules[info.name], r) for info in checkpoint if info.name in chosen]
 
 
@@ -267,40 +269,40 @@ def _refuse_other_convolutions(checkpoint: Checkpoint, modules: Mapping[str, str
     Raises:
         TargetError: which, and why.
     """
-    if not modules:
-        return
-    from torch import nn
-
-    layers = _layers_of_the_class(checkpoint)
+    layers = _layers_of_the_class(checkpoint) if modules else {}
     for name, module in modules.items():
         shape = checkpoint.tensors[name].shape
-        found = layers.get(module) or _only([layers[path] for path in layers if _alike(path, module)])
-        why = ""
-        if found is None:
-            if len(shape) == 3 or shape[1] == 1:
-                why = (
-                    f"of shape {list(shape)} may be a convolution in groups, or none at all, and transformers has no "
-                    f"class that tells for model_type {checkpoint.config.get('model_type')!r}; it will not be guessed"
-                )
-        elif type(found) not in {nn.Conv1d, nn.Conv2d, nn.Conv3d} or tuple(found.weight.shape) != shape:
-            why = f"belongs to a {type(found).__name__}, which is no plain convolution"
-        elif found.groups > 1:
-            why = f"is of a convolution in {found.groups} groups, whose adapter PEFT shapes otherwise and cannot merge"
-        elif set(found.dilation) != {1} or found.padding_mode != "zeros":
+        # Where its path is not found, as under an older name, it is one of those of its shape.
+        found = [layers[module]] if module in layers else [layers[path] for path in layers if _alike(path, module)]
+        found = found or [layer for layer in layers.values() if tuple(layer.weight.shape) == shape]
+        why = next(filter(None, (_misfit(layer, shape) for layer in found)), "")
+        if not found and (len(shape) == 3 or shape[1] == 1):
             why = (
-                f"is of a convolution with dilation {list(found.dilation)} and padding of {found.padding_mode}, which "
-                "PEFT's layer for its adapter does not have"
+                f"of shape {list(shape)} may be a convolution in groups, or none at all, and transformers has no class "
+                f"that tells for model_type {checkpoint.config.get('model_type')!r}; it will not be guessed"
             )
         if why:
             raise TargetError(f"{name} {why}: leave it out with --exclude {module}")
 
 
+def _misfit(layer: Any, shape: tuple[int, ...]) -> str:
+    """Why an adapter for a weight of this shape would not fit a layer; empty if it would."""
+    from torch import nn
+
+    if type(layer) not in {nn.Conv1d, nn.Conv2d, nn.Conv3d} or tuple(layer.weight.shape) != shape:
+        return f"belongs to a {type(layer).__name__}, which is no plain convolution"
+    if layer.groups > 1:
+        return f"is of a convolution in {layer.groups} groups, whose adapter PEFT shapes otherwise and cannot merge"
+    if set(layer.dilation) != {1} or layer.padding_mode != "zeros":
+        return (
+            f"is of a convolution with dilation {list(layer.dilation)} and padding of {layer.padding_mode}, which "
+            "PEFT's layer for its adapter does not have"
+        )
+    return ""
+
+
 def _alike(path: str, module: str) -> bool:
     return path.endswith(f".{module}") or module.endswith(f".{path}")
-
-
-def _only(found: Sequence[Any]) -> Any | None:
-    return found[0] if len(found) == 1 else None
 
 
 def _layers_of_the_class(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -313,9 +315,10 @@ def _layers_of_the_class(checkpoint: Checkpoint) -> dict[str, Any]:
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(checkpoint.directory), trust_remote_code=False)
-        known = getattr(transformers, _class_name(checkpoint), None)
+        named: Any = getattr(transformers, _class_name(checkpoint), None)
+        known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
         with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config) if known is None else known(config)
+            model: Any = named(config) if known else transformers.AutoModel.from_config(config)
     except Exception:  # whatever a configuration that it does not know makes it raise
         return {}
     weights = ((path, module, getattr(module, "weight", None)) for path, module in model.named_modules())
@@ -588,4 +591,4 @@ def _no_match(option: str, pattern: str, modules: Mapping[str, str]) -> TargetEr
 def _could_match(modules: Iterable[str]) -> str:
     kinds: dict[str, Any] = dict.fromkeys(sorted({module_kind(module) for module in modules}))
     listed = ", ".join(list(kinds)[:40])
-    return f"; there are: {listed}" if kinds else "; the checkpoint has none at all"
+    return f"; there are: {listed}" if kinds else "; the checkpoint has no linear weights at all"

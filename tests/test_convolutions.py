@@ -395,6 +395,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
 }  # fmt: skip
 
 
+REGNET = {"embedding_size": 16, "hidden_sizes": [32], "depths": [1], "groups_width": 8, "layer_type": "x"}
+
+
 @pytest.mark.parametrize("what", OTHERS)
 def test_others_are_refused(what: str, tmp_path: Path) -> None:
     """The model's class knows what shapes do not tell; the sentence says how to go on, and so one does."""
@@ -419,6 +422,14 @@ def test_of_a_class_that_is_not_known(models: Callable[..., Path], tmp_path: Pat
     with pytest.raises(TargetError, match=rf"conv2.weight of shape \[32, 32, 3\] {unknown}"):
         chosen(tmp_path / "whisper", tmp_path / "out", "conv2")
     changes = {"model.stem.weight": torch.ones(8, 1, 3, 3), "model.layers.0.fused.weight": torch.ones(4, 8, 8)}
+    net = transformers.RegNetForImageClassification(transformers.RegNetConfig(**REGNET))
+    net.save_pretrained(tmp_path / "regnet")
+    tensors = load_file(tmp_path / "regnet" / "model.safetensors")
+    old = {name.replace("regnet.encoder.stages", "backbone.blocks"): tensor for name, tensor in tensors.items()}
+    save_file(old, tmp_path / "regnet" / "model.safetensors", {"format": "pt"})
+    grouped = next(name for name, tensor in old.items() if tensor.shape == (32, 8, 3, 3))
+    with pytest.raises(TargetError, match="in 4 groups"):  # another name, but a layer of the class has its shape
+        chosen(tmp_path / "regnet", tmp_path / "out", grouped.removesuffix(".weight"))
     model = write_llama(tmp_path / "llama", changes=changes)  # a class that is known, but not to have these
     for name in ("stem", "fused"):
         with pytest.raises(TargetError, match=rf"{name}.weight of shape .* may be a convolution in groups"):
