@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from nlora_surgery_cli.options import WritingCommand
+from nlora_surgery_cli.options import WritingCommand, split_names
 from nlora_surgery_cli.render import ProgressBar, bytes_text, echo_json, echo_table, first_rank, warn
 
 from nlora_surgery.options import ADAPTER_DTYPES
@@ -18,6 +18,9 @@ __all__ = ["command"]
 @click.argument("base")
 @click.argument("tuned")
 @click.option("--rank", "-r", type=int, default=64, show_default=True, help="r of every changed module, at most.")
+@click.option("--targets", multiple=True, callback=split_names,
+              help="Factor these, named as for init; convolutions only so.  "
+                   "[default: every changed linear]")  # fmt: skip
 @click.option("--to", type=click.Choice(["lora", "slora"]), default="lora", show_default=True, help="The form wanted.")
 @click.option("--method", type=click.Choice(["sketch", "svd"]), default="sketch", show_default=True)
 @click.option("--tolerance", type=float, default=0.0, show_default=True,
@@ -48,10 +51,11 @@ def command(
     extract_options = ExtractOptions(**options)
     extract_options.check()
     plan = plan_extract(fetch(base), fetch(tuned), out, extract_options, base_name=base, device=device)
-    summary = f"{len(plan.modules)} linear weights changed, {len(plan.replaced)} other tensors go to modules_to_save"
+    what = "target" if extract_options.targets else "linear weight"
+    summary = f"{len(plan.modules)} {what}s changed, {len(plan.replaced)} other tensors go to modules_to_save"
     if first_rank():
         for name in plan.ignored:
-            warn(f"{name} changed, but is no linear weight: it is left out")
+            warn(f"{name} changed, but is no {what}: it is left out")
         for name in plan.replaced:
             click.echo(f"modules_to_save: {name}", err=True)
     if dry_run:

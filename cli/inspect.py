@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from nlora_surgery_cli.options import split_names
 from nlora_surgery_cli.render import (
     bytes_text,
     count_text,
@@ -13,6 +14,7 @@ from nlora_surgery_cli.render import (
     echo_targets,
     figure,
     figures_table,
+    inputs_text,
     warn,
 )
 
@@ -24,8 +26,10 @@ __all__ = ["command"]
 @click.command("inspect")
 @click.argument("path")
 @click.option("--rank", "-r", type=int, default=64, show_default=True, help="The rank whose cost is told.")
+@click.option("--targets", multiple=True, callback=split_names, help="Of a checkpoint: as init would be given.")
+@click.option("--exclude", multiple=True, callback=split_names, help="The same.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def command(path: str, rank: int, as_json: bool) -> None:
+def command(path: str, rank: int, targets: list[str], exclude: list[str], as_json: bool) -> None:
     """Say what PATH is (checkpoint, adapter, prepared), and what a rank costs.
 
     PATH is a directory, or a Hub id.
@@ -35,7 +39,7 @@ def command(path: str, rank: int, as_json: bool) -> None:
     from nlora_surgery.hub import fetch
     from nlora_surgery.surgery.inspect import inspect
 
-    found = inspect(fetch(path), rank)
+    found = inspect(fetch(path), rank, targets, exclude)
     if as_json:
         echo_json(found)
         return
@@ -79,7 +83,7 @@ def _echo_adapter(path: str, found: dict[str, Any]) -> None:
         [
             (
                 group["kind"],
-                f"{group['in_features']} → {group['out_features']}",
+                f"{inputs_text(group)} → {group['out_features']}",
                 f"×{group['count']}",
                 str(group["r"]),
                 figure(group["scaling"], "g"),

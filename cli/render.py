@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ __all__ = [
     "figure",
     "figures_table",
     "first_rank",
+    "inputs_text",
     "quiet_transformers",
     "warn",
 ]
@@ -84,6 +86,12 @@ def figures_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], l
     ]
 
 
+def inputs_text(group: Mapping[str, Any]) -> str:
+    """`576`; of a convolution channels and kernel, `3·14·14`."""
+    kernel = group["kernel"] or []
+    return "·".join(map(str, [group["in_features"] // math.prod(kernel), *kernel]))
+
+
 def echo_targets(groups: Sequence[Mapping[str, Any]], adapter: str) -> None:
     """A tree of `targets.describe_targets` on stdout.
 
@@ -101,7 +109,7 @@ def echo_targets(groups: Sequence[Mapping[str, Any]], adapter: str) -> None:
         rows.append(
             (
                 label,
-                f"{group['in_features']}→{group['out_features']}",
+                f"{inputs_text(group)}→{group['out_features']}",
                 f"×{group['count']}{experts}",
                 count_text(group["parameters"]),
                 bytes_text(group["size_bytes"]),

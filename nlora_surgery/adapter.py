@@ -99,9 +99,11 @@ class ModuleShape:
 
     Attributes:
         module: its path; that of the parameter for fused experts.
-        out_features, in_features: of the linear map.
+        out_features, in_features: of the linear map; a convolution's inputs are (channels · kernel).
         r: its rank.
         experts: of how many matrices each factor is a stack; None for a matrix.
+        kernel: a convolution's size in each direction; None for any other. Then lora_A and lora_B lie on disk as PEFT
+            has them, as weights of convolutions: (r, channels, *kernel) and (out, r, 1, …). `lora_N` is (r, r).
     """
 
     module: str
@@ -109,14 +111,18 @@ class ModuleShape:
     in_features: int
     r: int
     experts: int | None = None
+    kernel: tuple[int, ...] | None = None
 
     def parts(self, *, three_matrix: bool, initial: bool = False) -> dict[str, tuple[int, ...]]:
         """Shape of each factor, by part; `initial` adds the frozen start of each."""
         stack = () if self.experts is None else (self.experts,)
-        shapes: dict[str, tuple[int, ...]] = {"lora_A": (*stack, self.r, self.in_features)}
+        kernel = self.kernel or ()
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (*stack, self.r, self.in_features // math.prod(kernel), *kernel)
+        }
         if three_matrix:
             shapes["lora_N"] = (*stack, self.r, self.r)
-        shapes["lora_B"] = (*stack, self.out_features, self.r)
+        shapes["lora_B"] = (*stack, self.out_features, self.r, *(1 for _ in kernel))
         if initial:
             shapes |= {f"{part}_initial": shape for part, shape in shapes.items()}
         return shapes
@@ -125,11 +131,11 @@ class ModuleShape:
 class AdapterLayout:
     """Where the factors of each module lie in an adapter's file, and in what form.
 
-    Those of a linear map are matrices under its path. Those of fused experts are stacks of matrices under the path of
-    the parameter, if there are three. Two lie as PEFT has them for its `target_parameters`: as matrices with rank and
-    experts in one dimension, experts outermost in `lora_A (experts * r, in)` and innermost in
-    `lora_B (out, r * experts)`, under the path of the module that holds the parameter, which PEFT wraps once for each
-    of its parameters.
+    Those of a linear map are matrices under its path; those of a convolution have its dimensions (see `ModuleShape`).
+    Those of fused experts are stacks of matrices under the path of the parameter, if there are three. Two lie as PEFT
+    has them for its `target_parameters`: as matrices with rank and experts in one dimension, experts outermost in
+    `lora_A (experts * r, in)` and innermost in `lora_B (out, r * experts)`, under the path of the module that holds
+    the parameter, which PEFT wraps once for each of its parameters.
 
     Attributes:
         three_matrix: whether there is a `lora_N`.
@@ -184,7 +190,10 @@ class AdapterLayout:
         return (wide, shape.in_features) if part.startswith("lora_A") else (shape.out_features, wide)
 
     def _flat(self, module: str, part: str, matrix: Tensor) -> Tensor:
-        if self.three_matrix or self._shapes[module].experts is None:
+        shape = self._shapes[module]
+        if shape.kernel is not None:
+            return matrix.reshape(shape.parts(three_matrix=True)[part])
+        if self.three_matrix or shape.experts is None:
             return matrix
         return matrix.flatten(0, 1) if part == "lora_A" else matrix.permute(1, 2, 0).flatten(1)
 
@@ -435,7 +444,7 @@ class Adapter:
 
     def experts(self, module: str) -> int | None:
         """Of how many matrices a module's factors are stacks: those of fused experts. None for any other module."""
-        if self.is_embedding(module):
+        if self.is_embedding(module) or self.kernel(module) is not None:
             return None
         shape = self.file.tensors[self.parts[module]["lora_A"]].shape
         if len(shape) == 3:
@@ -445,11 +454,29 @@ class Adapter:
         count, rest = divmod(shape[0], self._configured_rank(module))
         return count if count > 1 and not rest else None
 
+    def kernel(self, module: str) -> tuple[int, ...] | None:
+        """A convolution's size in each direction, by the shapes of its factors; None for any other module.
+
+        Of three dimensions are the factors of a Conv1d and stacks for fused experts; the latter have a `lora_N` of
+        three dimensions too.
+        """
+        parts = self.parts[module]
+        if self.is_embedding(module) or not {"lora_A", "lora_B"} <= parts.keys():
+            return None
+        a, b = (self.file.tensors[parts[part]].shape for part in ("lora_A", "lora_B"))
+        stacked = "lora_N" in parts and len(self.file.tensors[parts["lora_N"]].shape) != 2
+        if not 3 <= len(a) == len(b) <= 5 or stacked or b[1] != a[0] or set(b[2:]) != {1}:
+            return None
+        return a[2:]
+
     def shape(self, module: str) -> ModuleShape:
         """Shapes of a module's factors, from its tensors; an embedding's as of a weight (vocabulary, width)."""
         a, b = (self.file.tensors[self.parts[module][part]].shape for part in self._sides(module))
         if self.is_embedding(module):
             return ModuleShape(module, a[1], b[0], a[0])
+        kernel = self.kernel(module)
+        if kernel is not None:
+            return ModuleShape(module, b[0], math.prod(a[1:]), a[0], kernel=kernel)
         experts = self.experts(module)
         r = a[-2] if experts is None or len(a) == 3 else a[0] // experts
         return ModuleShape(module, b[-2], a[-1], r, experts)
@@ -483,13 +510,16 @@ class Adapter:
     def factors(self, module: str) -> Factors:
         """The factors of a module, as views of the file, so that `scaling * B N A` fits the base's weight.
 
-        Those of fused experts are stacks: (experts, r, in), (experts, r, r), (experts, out, r).
+        Those of fused experts are stacks: (experts, r, in), (experts, r, r), (experts, out, r). Those of a convolution
+        are matrices: (r, channels · kernel), (r, r), (out, r).
         """
         a, b = (self.file.tensor(self.parts[module][part]) for part in self._sides(module))
         if self.is_embedding(module):  # delta = (B A)^T, so that of the stored (vocabulary, width) is A^T B^T
             return Factors(b.T, a.T)
         lora_N = self.parts[module].get("lora_N")
         core = None if lora_N is None else self.file.tensor(lora_N)
+        if self.kernel(module) is not None:
+            return Factors(a.flatten(1), b.flatten(1), core)
         experts = self.experts(module)
         if experts is not None and a.ndim == 2:  # see AdapterLayout
             a, b = a.view(experts, -1, a.shape[-1]), b.view(len(b), -1, experts).permute(2, 0, 1)
@@ -501,11 +531,10 @@ class Adapter:
         if "lora_A_initial" not in parts:
             return None
         lora_N = parts.get("lora_N_initial")
-        return Factors(
-            self.file.tensor(parts["lora_A_initial"]),
-            self.file.tensor(parts["lora_B_initial"]),
-            None if lora_N is None else self.file.tensor(lora_N),
-        )
+        a, b = (self.file.tensor(parts[f"{part}_initial"]) for part in ("lora_A", "lora_B"))
+        if self.kernel(module) is not None:
+            a, b = a.flatten(1), b.flatten(1)
+        return Factors(a, b, None if lora_N is None else self.file.tensor(lora_N))
 
     def sides(
         self, module: str, dtype: torch.dtype, weight: float = 1.0, expert: int | None = None
@@ -602,13 +631,17 @@ class Adapter:
                 why = " (use_dora)" if part == "magnitude" else ""
                 raise AdapterError(f"{self.directory}: module {module} lacks its {part}{why}; the adapter is not whole")
         one, other = shapes[a], shapes[b]
+        convolution = self.kernel(module) is not None
         alike = len(one) == len(other) in {2, 3} and one[:-2] == other[:-2] and one[-2] == other[-1]
-        if not alike or not one[-2]:
+        if not (alike or convolution) or not one[-2] or (convolution and not all(one)):
+            grouped = 3 <= len(one) == len(other) and set(other[2:]) == {1}
             raise AdapterError(
                 f"{self.directory}: module {module} has {a} {list(one)} and {b} {list(other)}; expected "
-                "(r, in) and (out, r), or stacks of such"
+                "(r, in) and (out, r), stacks of such, or (r, in, …) and (out, r, 1, …) of a convolution"
+                f"{'; one in groups cannot be merged, by PEFT neither' if grouped else ''}"
             )
-        r, core = self.shape(module).r, (*one[:-2], one[-2], one[-2])
+        r = self.shape(module).r
+        core = (r, r) if convolution else (*one[:-2], one[-2], one[-2])
         if shapes.get("lora_N", core) != core:
             raise AdapterError(f"{self.directory}: module {module} has lora_N {list(shapes['lora_N'])} at rank {r}")
         for part, shape in shapes.items():

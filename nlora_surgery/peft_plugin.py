@@ -381,7 +381,8 @@ class SLoraModel(LoraModel):  # type: ignore[misc]
             kind = f"{type(base).__module__}.{type(base).__name__}"
             raise ValueError(
                 f"{current_key} is a {kind}, its weight a {type(weight).__name__} of {getattr(weight, 'dtype', None)}; "
-                "SLORA adapts nn.Linear and Conv1D in fp32, bf16, fp16 and fp64"
+                "SLORA adapts nn.Linear and Conv1D in fp32, bf16, fp16 and fp64; convolutions PEFT's own LORA does "
+                "(nlora_surgery convert ADAPTER --to lora)"
             )
         r = pattern_for(lora_config.rank_pattern, current_key, lora_config.r)
         full = min(linear_shape(base))

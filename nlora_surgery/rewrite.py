@@ -63,11 +63,13 @@ class Edit:
 
     Attributes:
         apply: changes the tensor's rows `rows`, given in the compute dtype, in place; None leaves the tensor.
+        columns: how long a row is; None is the tensor's last dimension.
         sides: tensors for the plan's side file, by name.
         figures: numbers about the edit, for the report.
     """
 
     apply: Callable[[slice, Tensor], None] | None = None
+    columns: int | None = None
     sides: Mapping[str, Tensor] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
 
@@ -96,7 +98,7 @@ class Plan:
         source: the checkpoint to read.
         out: the directory to make.
         edits: names of the floating-point tensors that go through the edit function, which sees their rows:
-            all but the last dimension taken as one.
+            all but the last dimension taken as one, unless its `Edit.columns` says otherwise.
         identity: everything that decides the output's bytes, as JSON values.
         write_shards: False writes only the side file.
         side: layout of the adapter file to be filled, its name relative to `out`.
@@ -487,7 +489,7 @@ class _TensorWriter:
             checksums: dict[str, int] = {}
             figures = dict(change.figures)
             if change.apply is not None:
-                checksum, measured = self._edit_tiles(info, weight, change.apply)
+                checksum, measured = self._edit_tiles(info, weight, change)
                 figures.update(measured)
                 if self.plan.write_shards:
                     checksums[info.name] = checksum
@@ -507,17 +509,16 @@ class _TensorWriter:
         source.release(origin.name)
         return {"checksums": checksums, "figures": figures}
 
-    def _edit_tiles(
-        self, info: TensorInfo, weight: Tensor, apply: Callable[[slice, Tensor], None]
-    ) -> tuple[int, dict[str, float]]:
+    def _edit_tiles(self, info: TensorInfo, weight: Tensor, change: Edit) -> tuple[int, dict[str, float]]:
         """Edit, measure, round and (if shards are written) write a tensor tile by tile.
 
         Returns:
             The result's checksum, and Frobenius norms: of the weight, of the exact result, and of the
             difference that rounding it made.
         """
-        workspace, dtype = self.workspace, compute_dtype(weight.dtype)
-        weight = weight.reshape(-1, weight.shape[-1])
+        workspace, dtype, apply = self.workspace, compute_dtype(weight.dtype), change.apply
+        assert apply is not None
+        weight = weight.reshape(-1, change.columns or weight.shape[-1])
         checksum = 0
         squares = {"weight_norm": 0.0, "result_norm": 0.0, "rounding_norm": 0.0}
         output_file = _opened(self.stage.tree / info.file) if self.plan.write_shards else contextlib.nullcontext()

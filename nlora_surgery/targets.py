@@ -1,13 +1,15 @@
 """Which weights of a checkpoint are adapted, how each is oriented, and at what rank.
 
-Decided from the names on disk, the shapes and config.json; no model is built. An orientation is never guessed
-from sizes: it is (out, in), except in the model families that are known to store (in, out).
+Decided from the names on disk, the shapes and config.json; no model is built, but for convolutions, which are adapted
+only if they are named: what their shapes do not tell is read from the model's class, without its weights. An
+orientation is never guessed from sizes: it is (out, in), except in the families that are known to store (in, out).
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +82,18 @@ _LLAVA = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
 )
 _MODULE_NAMES: Mapping[str, Sequence[tuple[str, str]]] = {
     **dict.fromkeys(("vit", "deit", "vit_msn"), _VIT),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL),
     **dict.fromkeys(("llava", "gemma3", "mistral3", "paligemma", "vipllava"), _LLAVA),
     "gpt_neox": ((r"^embed_out\.", "lm_head."),),
+}
+# The same by class, where several classes of one model_type differ: those with a projection keep the prefix.
+_CLASS_MODULE_NAMES: Mapping[str, Sequence[tuple[str, str]]] = {
+    **dict.fromkeys(("CLIPVisionModel", "SiglipVisionModel"), ((r"^vision_model\.", ""),)),
+    **dict.fromkeys(("CLIPTextModel", "SiglipTextModel"), ((r"^text_model\.", ""),)),
 }
 # The same for experts: their adapters keep the names on disk, which PEFT knows and fuses; what PEFT saves has these.
 _EXPERT_NAMES: Mapping[str, Sequence[tuple[str, str]]] = {"mixtral": ((r"\.block_sparse_moe\.", ".mlp."),)}
@@ -115,10 +123,12 @@ class Target:
     Attributes:
         tensor: its name on disk.
         module: the path of its module, as adapters name it.
-        out_features, in_features: of the linear map, whatever the orientation on disk.
+        out_features, in_features: of the linear map, whatever the orientation on disk; a convolution's weight
+            (out, channels, *kernel) is taken as the matrix (out, channels · kernel).
         fan_in_fan_out: whether the tensor lies on disk as (in, out).
         r: its rank.
         experts: how many matrices a tensor of three dimensions is; each has factors of its own. None for a matrix.
+        kernel: a convolution's size in each of its one to three directions; None for any other.
     """
 
     tensor: str
@@ -128,6 +138,7 @@ class Target:
     fan_in_fan_out: bool
     r: int
     experts: int | None = None
+    kernel: tuple[int, ...] | None = None
 
 
 def module_kind(module: str) -> str:
@@ -181,20 +192,22 @@ def choose_targets(
             none such, anywhere: `vision_tower`, `experts`), regular expressions for the whole module path, or
             `all-linear` (every linear but embeddings, routers and head). Empty means every linear weight inside the
             numbered blocks, fused experts included, but routers, layers that transformers does not build, and
-            what Mamba's kernels read past an adapter: of its linears in_proj is left.
+            what Mamba's kernels read past an adapter: of its linears in_proj is left. A convolution takes a name
+            that its path ends with, a regular expression, or the name of a module that holds no linear.
         exclude: names or regular expressions likewise, taken away again.
 
     Raises:
-        TargetError: a pattern is no regular expression or matches nothing that can be adapted; or nothing
-            is left.
+        TargetError: a pattern is no regular expression or matches nothing that can be adapted; a convolution is of
+            a kind that no adapter fits; or nothing is left.
     """
-    linears = [info for info in checkpoint if _is_linear(info)]
-    modules = {info.name: module_path(checkpoint, info.name) for info in linears}
+    linears = {info.name: module_path(checkpoint, info.name) for info in checkpoint if _is_linear(info)}
+    modules = {info.name: module_path(checkpoint, info.name)
+               for info in checkpoint if info.name in linears or _may_be_convolution(info)}  # fmt: skip
     if not patterns:
         beyond = _layers_beyond(checkpoint)
         chosen = {
             name
-            for name, module in modules.items()
+            for name, module in linears.items()
             if _in_block(module) and not _special(module) and not beyond(module) and not _is_past(checkpoint, module)
         }
         if not chosen:
@@ -206,24 +219,31 @@ def choose_targets(
         chosen = set()
         for pattern in patterns:
             if pattern == "all-linear":
-                matched = {name for name, module in modules.items() if not _special(module)}
+                matched = {name for name, module in linears.items() if not _special(module)}
             else:
-                matched = _matching(pattern, modules)
+                matched = _matching(pattern, modules, linears)
             if not matched:
-                raise TargetError(f"--targets {pattern} matches no linear weight{_could_match(modules.values())}")
+                raise _no_match("targets", pattern, modules)
             chosen |= matched
     for pattern in exclude:
-        matched = _matching(pattern, modules)
+        matched = _matching(pattern, modules, linears)
         if not matched:
-            raise TargetError(f"--exclude {pattern} matches no linear weight{_could_match(modules.values())}")
+            raise _no_match("exclude", pattern, modules)
         chosen -= matched
     if not chosen:
         raise TargetError("--exclude takes away every target; nothing is left to adapt")
 
-    return [_target(checkpoint, info, modules[info.name], r) for info in linears if info.name in chosen]
+    _refuse_other_convolutions(
+        checkpoint, {name: modules[name] for name in modules if name in chosen and name not in linears}
+    )
+    return [_target(checkpoint, info, modules[info.name], r) for info in checkpoint if info.name in chosen]
 
 
 def _target(checkpoint: Checkpoint, info: TensorInfo, module: str, r: int) -> Target:
+    if not _is_linear(info):
+        out_features, in_features = info.shape[0], math.prod(info.shape[1:])
+        rank = min(r, out_features, in_features)
+        return Target(info.name, module, out_features, in_features, False, rank, kernel=info.shape[2:])
     experts = info.shape[0] if len(info.shape) == 3 else None
     transposed = is_conv1d(checkpoint, module)
     if experts is not None:
@@ -239,20 +259,102 @@ def _target(checkpoint: Checkpoint, info: TensorInfo, module: str, r: int) -> Ta
     return Target(info.name, module, out_features, in_features, transposed, min(r, out_features, in_features), experts)
 
 
+def _refuse_other_convolutions(checkpoint: Checkpoint, modules: Mapping[str, str]) -> None:
+    """Refuse what looks like a convolution and is none, or one that an adapter of its weight's shape does not fit.
+
+    Groups cannot be told from shapes, and PEFT gives such a layer an adapter of another form, which cannot be merged;
+    dilation and padding modes PEFT's layer leaves out. The model's class knows, where transformers has it. Of a class
+    that it has not, weights of four and five dimensions are taken as they are: whatever their groups, a sum of weights
+    is right, and PEFT refuses the shapes of an adapter for another number of channels.
+
+    Args:
+        checkpoint: the model.
+        modules: paths by names of tensors.
+
+    Raises:
+        TargetError: which, and why.
+    """
+    layers = _layers_of_the_class(checkpoint) if modules else {}
+    for name, module in modules.items():
+        shape = checkpoint.tensors[name].shape
+        # Where its path is not found, as under an older name, it is one of those of its shape.
+        found = [layers[module]] if module in layers else [layers[path] for path in layers if _alike(path, module)]
+        found = found or [layer for layer in layers.values() if tuple(layer.weight.shape) == shape]
+        why = next(filter(None, (_misfit(layer, shape) for layer in found)), "")
+        if not found and (len(shape) == 3 or shape[1] == 1):
+            why = (
+                f"of shape {list(shape)} may be a convolution in groups, or none at all, and transformers has no class "
+                f"that tells for model_type {checkpoint.config.get('model_type')!r}; it will not be guessed"
+            )
+        if why:
+            raise TargetError(f"{name} {why}: leave it out with --exclude {module}")
+
+
+def _misfit(layer: Any, shape: tuple[int, ...]) -> str:
+    """Why an adapter for a weight of this shape would not fit a layer; empty if it would."""
+    from torch import nn
+
+    if type(layer) not in {nn.Conv1d, nn.Conv2d, nn.Conv3d} or tuple(layer.weight.shape) != shape:
+        return f"belongs to a {type(layer).__name__}, which is no plain convolution"
+    if layer.groups > 1:
+        return f"is of a convolution in {layer.groups} groups, whose adapter PEFT shapes otherwise and cannot merge"
+    if set(layer.dilation) != {1} or layer.padding_mode != "zeros":
+        return (
+            f"is of a convolution with dilation {list(layer.dilation)} and padding of {layer.padding_mode}, which "
+            "PEFT's layer for its adapter does not have"
+        )
+    return ""
+
+
+def _alike(path: str, module: str) -> bool:
+    return path.endswith(f".{module}") or module.endswith(f".{path}")
+
+
+def _layers_of_the_class(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The layers with a weight of more than two dimensions in the class that transformers builds, by path.
+
+    Without memory for any weight. Empty if transformers has no such class.
+    """
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(checkpoint.directory), trust_remote_code=False)
+        named: Any = getattr(transformers, _class_name(checkpoint), None)
+        known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+        with torch.device("meta"):
+            model: Any = named(config) if known else transformers.AutoModel.from_config(config)
+    except Exception:  # whatever a configuration that it does not know makes it raise
+        return {}
+    weights = ((path, module, getattr(module, "weight", None)) for path, module in model.named_modules())
+    return {path: module for path, module, weight in weights if torch.is_tensor(weight) and weight.ndim > 2}
+
+
 def module_path(checkpoint: Checkpoint, tensor: str) -> str:
     """The path of a tensor's module in the class that transformers builds, which is what adapters name.
 
     Mostly the tensor's own name; a few families are stored under older names.
     """
-    return _renamed(tensor, _MODULE_NAMES.get(str(checkpoint.config.get("model_type")), ())).removesuffix(".weight")
+    return _renamed(tensor, _module_names(checkpoint)).removesuffix(".weight")
 
 
 def tensor_aliases(checkpoint: Checkpoint) -> dict[str, str]:
     """The tensors whose names in transformers' classes are others than on disk: name on disk by that name."""
     family = str(checkpoint.config.get("model_type"))
-    rules = (*_MODULE_NAMES.get(family, ()), *_EXPERT_NAMES.get(family, ()))
+    rules = (*_module_names(checkpoint), *_EXPERT_NAMES.get(family, ()))
     renamed = {_renamed(name, rules): name for name in checkpoint.tensors} if rules else {}
     return {alias: name for alias, name in renamed.items() if alias not in checkpoint.tensors}
+
+
+def _module_names(checkpoint: Checkpoint) -> Sequence[tuple[str, str]]:
+    by_family = _MODULE_NAMES.get(str(checkpoint.config.get("model_type")), ())
+    return (*by_family, *_CLASS_MODULE_NAMES.get(_class_name(checkpoint), ()))
+
+
+def _class_name(checkpoint: Checkpoint) -> str:
+    """That of transformers, by config.json; empty where it names none."""
+    names = checkpoint.config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def _renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
@@ -347,16 +449,17 @@ def describe_targets(checkpoint: Checkpoint, targets: Iterable[Target]) -> list[
 
     Returns:
         For each group `path` with the numbers that occur (`model.layers.{0…31}.mlp.down_proj`), `kind`,
-        `in_features`, `out_features`, `r`, `experts` (how many matrices each tensor is, or None), `count` of tensors,
+        `in_features`, `out_features`, `r`, `experts` (how many matrices each tensor is, or None), `kernel` (a
+        convolution's sizes, or None; they count into `in_features`), `count` of tensors,
         their `parameters` and `size_bytes`, and what an adapter has for them: `lora_parameters`, `slora_parameters`.
     """
     groups: dict[tuple[Any, ...], list[Target]] = {}
     for target in targets:
         path = re.sub(r"(?<![^.])\d+(?![^.])", "{}", target.tensor.removesuffix(".weight"))
-        key = path, target.out_features, target.in_features, target.r, target.experts
+        key = path, target.out_features, target.in_features, target.r, target.experts, target.kernel
         groups.setdefault(key, []).append(target)
     described = []
-    for (path, out_features, in_features, r, experts), members in groups.items():
+    for (path, out_features, in_features, r, experts, kernel), members in groups.items():
         numbers = [[int(part) for part in member.tensor.split(".") if part.isdigit()] for member in members]
         spans = [_span(sorted(set(column))) for column in zip(*numbers, strict=True)]
         matrices = len(members) * (experts or 1)
@@ -369,6 +472,7 @@ def describe_targets(checkpoint: Checkpoint, targets: Iterable[Target]) -> list[
                 "out_features": out_features,
                 "r": r,
                 "experts": experts,
+                "kernel": None if kernel is None else list(kernel),
                 "count": len(members),
                 "parameters": matrices * out_features * in_features,
                 "size_bytes": sum(checkpoint.tensors[member.tensor].size_bytes for member in members),
@@ -424,6 +528,18 @@ def _is_linear(info: TensorInfo) -> bool:
     return not any(_EMBEDDING.fullmatch(part) for part in parts) and not _NORM.fullmatch(parts[-1])
 
 
+def _may_be_convolution(info: TensorInfo) -> bool:
+    """Whether a tensor has the name and the dimensions of a convolution's weight, and is no stack of experts."""
+    parts = info.name.removesuffix(".weight").split(".")
+    return (
+        info.name.endswith(".weight")
+        and 3 <= len(info.shape) <= 5
+        and all(info.shape)
+        and info.torch_dtype is not None
+        and not any(_EXPERTS.fullmatch(part) for part in parts)
+    )
+
+
 def _in_block(module: str) -> bool:
     return any(part.isdigit() for part in module.split(".")[:-1])
 
@@ -459,11 +575,16 @@ def _special(module: str) -> bool:
     return bool(_ROUTER.fullmatch(parts[-1])) or any(_HEAD.fullmatch(part) for part in parts if not _in_block(module))
 
 
-def _matching(pattern: str, modules: Mapping[str, str]) -> set[str]:
-    """Names of the tensors that a pattern means, by the paths of their modules or by their own names on disk."""
+def _matching(pattern: str, modules: Mapping[str, str], linears: Container[str]) -> set[str]:
+    """Names of the tensors that a pattern means, by the paths of their modules or by their own names on disk.
+
+    A name that stands for all within it stands for the linears, if there are any.
+    """
     paths = [(name, path) for name, module in modules.items() for path in {module, name.removesuffix(".weight")}]
     by_name = {name for name, path in paths if f".{path}".endswith(f".{pattern}")}
-    by_name = by_name or {name for name, path in paths if f".{pattern}." in f".{path}."}
+    if not by_name:
+        inside = {name for name, path in paths if f".{pattern}." in f".{path}."}
+        by_name = {name for name in inside if name in linears} or inside
     if by_name or re.fullmatch(r"[\w.-]+", pattern):
         return by_name
     try:
@@ -471,6 +592,11 @@ def _matching(pattern: str, modules: Mapping[str, str]) -> set[str]:
     except (re.error, OverflowError, RecursionError) as error:
         raise TargetError(f"{pattern!r} is neither a module name nor a regular expression: {error}") from error
     return {name for name, path in paths if expression.fullmatch(path)}
+
+
+def _no_match(option: str, pattern: str, modules: Mapping[str, str]) -> TargetError:
+    could = _could_match(modules.values())
+    return TargetError(f"--{option} {pattern} matches no linear weight or convolution{could}")
 
 
 def _could_match(modules: Iterable[str]) -> str:

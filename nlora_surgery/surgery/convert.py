@@ -309,6 +309,7 @@ def _check_expressible(source: Adapter, options: ConvertOptions, *, subtract: bo
         "a trained bias": [m for m, parts in source.parts.items() if "lora_bias" in parts],
         "an embedding": [m for m in source.parts if source.is_embedding(m)],
         "fused experts": [m for m in source.parts if source.experts(m) is not None],
+        "a convolution": [m for m in source.parts if source.kernel(m) is not None],
         "a parameter of its own (target_parameters)": [
             m
             for m in source.parts
@@ -319,7 +320,7 @@ def _check_expressible(source: Adapter, options: ConvertOptions, *, subtract: bo
     wanted = "vLLM" if options.vllm else options.to
     reworked = options.to == "slora" or options.vllm
     for what, modules in special.items():
-        if what == "fused experts":
+        if what in {"fused experts", "a convolution"}:
             refused = options.vllm
         else:
             bent = what in {"a DoRA magnitude", "a parameter of its own (target_parameters)"}

@@ -41,6 +41,7 @@ from nlora_surgery.manifest import identify, write_manifest
 from nlora_surgery.options import ADAPTER_DTYPES
 from nlora_surgery.rewrite import Edit, Plan, Progress, rewrite
 from nlora_surgery.targets import (
+    choose_targets,
     expert_pieces,
     experts_lie_in_out,
     is_conv1d,
@@ -63,16 +64,18 @@ class ExtractOptions:
 
     Attributes:
         rank: r at most; smaller modules get min(out, in).
+        targets: what is to be factored of all that changed, see `choose_targets`; empty is every linear weight.
         to: `lora` or `slora`.
         method: `sketch` or `svd`, the exact one.
         tolerance: leave away singular values while ‖error‖/‖change‖ stays below it; 0 keeps all `rank` of them.
-        others: what to do with changed tensors that are no linear weights: `save` puts them into
+        others: what to do with changed tensors that are not to be factored: `save` puts them into
             modules_to_save, `refuse` fails, `ignore` leaves them out and says so.
         dtype: of the adapter.
         seed: of the sketch.
     """
 
     rank: int = 64
+    targets: Sequence[str] = ()
     to: str = "lora"
     method: str = "sketch"
     tolerance: float = 0.0
@@ -108,7 +111,7 @@ class ExtractPlan:
         base, tuned: the opened checkpoints.
         out: the directory to be made.
         options: as given.
-        modules: the changed linear weights, fused experts among them: shapes by tensor name.
+        modules: the changed weights that are factored, fused experts among them: shapes by tensor name.
         replaced: changed tensors that go to modules_to_save.
         ignored: changed tensors that are left out.
         config: of the adapter, before ranks are cut by a tolerance.
@@ -152,7 +155,8 @@ def plan_extract(
 
     Raises:
         CheckpointError: they are not of one architecture.
-        TargetError: nothing changed; or, with `others="refuse"`, something that is no linear weight did.
+        TargetError: nothing changed; or, with `others="refuse"`, something that is not to be factored did; or
+            `targets` name what is not there.
     """
     options.check()
     device_kind = resolve_devices(device)[0].type
@@ -172,9 +176,18 @@ def plan_extract(
 
     modules: dict[str, ModuleShape] = {}
     replaced: list[str] = []
+    chosen = choose_targets(source, options.rank, options.targets) if options.targets else ()
+    named = {target.tensor: target for target in chosen}
     for name in _with_other_experts(source, changed):
         before, after = source.tensors[name], result.tensors[name]
-        if _is_factorable(before, after):
+        target = named.get(name)
+        if options.targets and target is None:
+            if name in changed:
+                replaced.append(name)
+        elif target is not None and target.kernel is not None and _is_alike(before, after):
+            sides = target.out_features, target.in_features
+            modules[name] = ModuleShape(target.module, *sides, target.r, kernel=target.kernel)
+        elif _is_factorable(before, after):
             modules[name] = _shape(source, before, options.rank)
         else:
             replaced.append(name)
@@ -183,9 +196,10 @@ def plan_extract(
     unsavable = [
         name for name in replaced if result.tensors[name].torch_dtype is None or not name.endswith((".weight", ".bias"))
     ]
+    what = "target" if options.targets else "linear weight"
     if replaced and options.others == "refuse":
         raise TargetError(
-            f"{len(replaced)} changed tensors are no linear weights: {', '.join(replaced[:5])}; --others save puts "
+            f"{len(replaced)} changed tensors are no {what}s: {', '.join(replaced[:5])}; --others save puts "
             "them into modules_to_save, --others ignore leaves them out"
         )
     if options.others == "save" and (resized or unsavable):
@@ -198,7 +212,7 @@ def plan_extract(
     ignored = replaced if options.others == "ignore" else []
     replaced = [] if options.others == "ignore" else replaced
     if not modules and not replaced:
-        raise TargetError(f"no linear weight changed between {base} and {tuned}; only {', '.join(ignored[:5])} did")
+        raise TargetError(f"no {what} changed between {base} and {tuned}; only {', '.join(ignored[:5])} did")
 
     fingerprint = source.fingerprint()
     config = _config(source, modules, replaced, options, base_name or str(base), fingerprint)
@@ -316,9 +330,13 @@ def _refuse_other_experts(source: Checkpoint, result: Checkpoint) -> None:
                 )
 
 
+def _is_alike(before: TensorInfo, after: TensorInfo) -> bool:
+    """Whether one can be subtracted from the other."""
+    return before.torch_dtype is not None and after.torch_dtype is not None and before.shape == after.shape
+
+
 def _is_factorable(before: TensorInfo, after: TensorInfo) -> bool:
-    floats = before.torch_dtype is not None and after.torch_dtype is not None
-    if not floats or before.shape != after.shape or min(before.shape[-2:], default=1) == 1:
+    if not _is_alike(before, after) or min(before.shape[-2:], default=1) == 1:
         return False
     if is_fused_experts(before):
         return True
@@ -355,6 +373,8 @@ def _edit(plan: ExtractPlan, info: TensorInfo, stored: Tensor) -> Edit:
     if info.name in plan.replaced:
         return Edit(sides={f"base_model.model.{info.name}": after})
     shape = plan.modules[info.name]
+    if shape.kernel is not None:
+        stored, after = stored.flatten(1), after.flatten(1)
     if shape.experts is None:
         found = [_extract_one(plan, info.name, shape, stored, after, shape.module)]
         factors = found[0].factors.padded(shape.r)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ def parameter_counts(shapes: Iterable[tuple[int, int]], r: int) -> dict[str, int
     return {"lora": sides, "slora": sides + cores, "inttune": cores}
 
 
-def inspect(directory: Path, r: int = 64) -> dict[str, Any]:
+def inspect(directory: Path, r: int = 64, targets: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, Any]:
     """Describe a checkpoint, an adapter or a prepared checkpoint, as JSON values.
 
     Args:
         directory: any of the three.
         r: the rank whose cost is told.
+        targets, exclude: of a checkpoint, see `choose_targets`.
 
     Returns:
         `kind` (`checkpoint`, `adapter` or `prepared`) and what belongs to it. A checkpoint has its
@@ -49,16 +50,17 @@ def inspect(directory: Path, r: int = 64) -> dict[str, Any]:
 
     Raises:
         CheckpointError, AdapterError: the directory is none of them, or damaged.
+        TargetError: `targets` or `exclude` name what is not there, or cannot be adapted.
     """
     if (directory / MANIFEST).exists():
         return _prepared(directory)
     if (directory / ADAPTER_CONFIG).exists():
         return _adapter(directory)
     with Checkpoint.open(directory) as checkpoint:
-        return _checkpoint(checkpoint, r)
+        return _checkpoint(checkpoint, r, targets, exclude)
 
 
-def _checkpoint(checkpoint: Checkpoint, r: int) -> dict[str, Any]:
+def _checkpoint(checkpoint: Checkpoint, r: int, patterns: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
     parameters = 0
     for info in checkpoint:
@@ -80,8 +82,10 @@ def _checkpoint(checkpoint: Checkpoint, r: int) -> dict[str, Any]:
     except UnsupportedCheckpointError as reason:
         return described | {"refused": str(reason)}
     try:
-        targets = choose_targets(checkpoint, r)
+        targets = choose_targets(checkpoint, r, patterns, exclude)
     except TargetError as reason:
+        if patterns or exclude:
+            raise
         return described | {"refused": str(reason)}
     shapes = [(target.out_features, target.in_features) for target in targets for _ in range(target.experts or 1)]
     cost = parameter_counts(shapes, r)
@@ -95,12 +99,13 @@ def _checkpoint(checkpoint: Checkpoint, r: int) -> dict[str, Any]:
 def _adapter(directory: Path) -> dict[str, Any]:
     adapter = Adapter.open(directory)
     modules = [adapter.shape(module) for module in adapter.parts]
-    counts: dict[tuple[str, int, int, int, float], int] = {}
+    counts: dict[tuple[str, int, int, tuple[int, ...] | None, int, float], int] = {}
     for module in modules:
         key = (
             module_kind(module.module),
             module.out_features,
             module.in_features,
+            module.kernel,
             module.r,
             adapter.scaling(module.module),
         )
@@ -121,8 +126,16 @@ def _adapter(directory: Path) -> dict[str, Any]:
             math.prod(size) for module in modules for size in module.parts(three_matrix=adapter.three_matrix).values()
         ),
         "modules": [
-            {"kind": kind, "in_features": n, "out_features": m, "r": r, "scaling": scaling, "count": count}
-            for (kind, m, n, r, scaling), count in counts.items()
+            {
+                "kind": kind,
+                "in_features": n,
+                "out_features": m,
+                "kernel": None if kernel is None else list(kernel),
+                "r": r,
+                "scaling": scaling,
+                "count": count,
+            }
+            for (kind, m, n, kernel, r, scaling), count in counts.items()
         ],
     }
 

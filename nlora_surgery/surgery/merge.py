@@ -290,7 +290,9 @@ def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bo
         adapter, module = share.adapter, share.module
         own = adapter.shape(module)
         found: tuple[int, ...] = share.shape
-        if shape is not None and len(shape) == 3:
+        if own.kernel is not None:
+            found = (own.out_features, own.in_features // math.prod(own.kernel), *own.kernel)
+        elif shape is not None and len(shape) == 3:
             if found in {shape[1:], shape[:0:-1]}:
                 if (own.experts or 1) != shape[0]:
                     raise AdapterError(
@@ -309,7 +311,7 @@ def _check_change(source: Checkpoint, name: str, change: _Change, *, several: bo
         if own.experts is not None and share.piece is None:
             raise AdapterError(f"{adapter.directory}: {module} has {own.experts} experts, but {name} is one matrix")
         if "magnitude" in adapter.parts[module]:
-            if several or adapter.is_embedding(module) or (shape is not None and len(shape) == 3):
+            if several or adapter.is_embedding(module) or (shape is not None and len(shape) == 3 and not own.kernel):
                 raise AdapterError(
                     f"{adapter.directory}: {module} has a DoRA magnitude, which can be merged alone, into a linear "
                     "weight; merge this adapter first, by itself"
@@ -375,10 +377,14 @@ def _edit(plan: MergePlan, info: TensorInfo, stored: Tensor) -> Edit:
     dtype = compute_dtype(stored.dtype)
     steps: list[Callable[[slice, Tensor], None]] = []
     figures: dict[str, Any] = {}
+    convolution = any(share.adapter.kernel(share.module) is not None for share in change.shares)
+    if convolution:
+        stored = stored.flatten(1)
+    columns = stored.shape[-1]
     if change.replacement is not None:
         adapter, key = change.replacement
         own = _finite(adapter.file.tensor(key), adapter, key).to(stored.device)
-        matrix = own.reshape(-1, own.shape[-1])
+        matrix = own.reshape(-1, columns)
         steps.append(lambda rows, tile: _put(tile, matrix[rows]))
     for share in change.biases:
         key = share.adapter.parts[share.module]["lora_bias"]
@@ -404,7 +410,7 @@ def _edit(plan: MergePlan, info: TensorInfo, stored: Tensor) -> Edit:
         for step in steps:
             step(rows, tile)
 
-    return Edit(apply, figures=figures)
+    return Edit(apply, columns, figures=figures)
 
 
 def _sides(

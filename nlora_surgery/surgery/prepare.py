@@ -285,6 +285,8 @@ def _edit(plan: InitPlan, info: TensorInfo, stored: Tensor) -> Edit:
     """Factor one weight; say how its rows change and what goes into the adapter."""
     options, target = plan.options, plan.by_tensor[info.name]
     dtype = compute_dtype(stored.dtype)
+    if target.kernel is not None:
+        stored = stored.flatten(1)
     weight = stored.mT if target.fan_in_fan_out else stored
     scaling = plan.config.scaling(target.module, target.r)
     if plan.engine.needs_whole and not options.factor.samples_only and not is_finite(stored):
@@ -315,7 +317,7 @@ def _edit(plan: InitPlan, info: TensorInfo, stored: Tensor) -> Edit:
     if options.residual == "virtual" and options.subtracts:
         sides |= plan.layout.stored(target.module, factors, initial=True)
     if options.factor.method in STARTS_AT_ZERO:
-        return Edit(None, sides, {"delta_norm": 0.0})
+        return Edit(sides=sides, figures={"delta_norm": 0.0})
 
     left, right = factors.sides(scaling, dtype)
     size = delta_norm(left, right)
@@ -325,7 +327,8 @@ def _edit(plan: InitPlan, info: TensorInfo, stored: Tensor) -> Edit:
         size = delta_norm(left.to("cpu", torch.float64), right.to("cpu", torch.float64))
     figures = {"delta_norm": size, "condition": exact.condition}
     sign = 1 if options.residual == "none" else -1
-    return Edit(_low_rank_update(left, right, sign, target) if plan.engine.needs_whole else None, sides, figures)
+    update = _low_rank_update(left, right, sign, target) if plan.engine.needs_whole else None
+    return Edit(update, stored.shape[-1], sides, figures)
 
 
 def _factorize(target: Target, weight: Tensor, scaling: float, options: InitOptions, dtype: torch.dtype) -> Factors:
@@ -382,6 +385,7 @@ def _finish(plan: InitPlan, tree: Path, records: Mapping[str, dict[str, Any]]) -
                 "shape": [target.out_features, target.in_features],
                 "fan_in_fan_out": target.fan_in_fan_out,
                 "experts": target.experts,
+                "kernel": None if target.kernel is None else list(target.kernel),
                 "r": target.r,
                 "scaling": plan.config.scaling(target.module, target.r),
                 **_ratios(records[tensor]["figures"], plan.options),
@@ -435,7 +439,7 @@ def _needs_whole(options: InitOptions) -> bool:
 
 
 def _shape(target: Target) -> ModuleShape:
-    return ModuleShape(target.module, target.out_features, target.in_features, target.r, target.experts)
+    return ModuleShape(target.module, target.out_features, target.in_features, target.r, target.experts, target.kernel)
 
 
 def _adapter_config(

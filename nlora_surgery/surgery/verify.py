@@ -249,7 +249,7 @@ def _check_target(prepared: Prepared, original: Checkpoint, module: Mapping[str,
     weight_share = _gamma(r + 1, unit) + _gamma(r + 2, unit_here)
 
     max_error = worst_share = error_square = weight_square = 0.0
-    for expert, before, after in _matrices(weight, stored):
+    for expert, before, after in _matrices(module, weight, stored):
         delta, magnitude = _effective_delta(prepared, module, expert)
         for rows in row_tiles(before.shape, 8):
             exact = before[rows].double()
@@ -270,10 +270,10 @@ def _check_target(prepared: Prepared, original: Checkpoint, module: Mapping[str,
     return {"module": module["module"], "max_error": max_error, "worst_share": worst_share, "drift": drift}
 
 
-def _matrices(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Tensors of one shape as matrices: each expert's with its number, or the only ones with None."""
-    if tensors[0].ndim == 2:
-        yield (None, *tensors)
+def _matrices(module: Mapping[str, Any], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Views of a module's tensors as matrices: each expert's with its number, or the only ones with None."""
+    if module["experts"] is None:
+        yield (None, *(tensor.flatten(1) for tensor in tensors))  # a convolution's kernel counts as inputs
     else:
         yield from ((expert, *(tensor[expert] for tensor in tensors)) for expert in range(len(tensors[0])))
 
@@ -317,6 +317,7 @@ _NOISE_FACTOR = 3.0
 # What is small is no statistic: outputs of fewer numbers than this are compared with the noise of several draws.
 _FEW_NUMBERS, _DRAWS = 4096, 4
 _LARGE_BYTES = 64 << 20
+_ANY_IMAGE = 64  # side of the images for models that take any size
 
 
 @dataclass(frozen=True)
@@ -439,7 +440,7 @@ def _effective_weight(prepared: Prepared, base: Checkpoint, entry: Mapping[str, 
     effective = torch.empty(stored.shape, dtype=torch.float32)
     unit, r = torch.finfo(torch.float32).eps / 2, entry["r"]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{draw}:{entry['tensor']}".encode()))
-    for expert, held, out in _matrices(stored, effective):
+    for expert, held, out in _matrices(entry, stored, effective):
         (left, right), magnitude = _effective_delta(prepared, entry, expert)
         exact = held.double()
         result = exact + left @ right
@@ -580,7 +581,7 @@ def _calls(model: Any, tokens: Sequence[Tensor]) -> Iterator[Callable[[], Mappin
 
 
 def _image_shape(config: Any) -> tuple[int, int, int]:
-    size = config.image_size
+    size = getattr(config, "image_size", None) or _ANY_IMAGE
     height, width = (size, size) if isinstance(size, int) else size
     return getattr(config, "num_channels", 3), height, width
 

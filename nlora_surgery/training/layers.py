@@ -308,9 +308,15 @@ def attach(
 
     Raises:
         AdapterError: the model lacks a module, a module is no linear or has another shape, or the adapter has
-            what the layer does not compute (DoRA, embeddings, biases, replaced weights).
+            what the layer does not compute (convolutions, DoRA, embeddings, biases, replaced weights).
     """
     _refuse_other_parts(adapter)
+    convolution = next((name for name in adapter.parts if adapter.kernel(name) is not None), None)
+    if convolution is not None:
+        raise AdapterError(
+            f"{adapter.directory} adapts the convolution {convolution}, which is neither trained nor run here: leave "
+            "it out with init's --exclude, or use PEFT with it as LORA (init --format lora, or convert --to lora)"
+        )
     layers = []
     for name, path in find_modules(adapter.parts, model, str(adapter.directory)).items():
         layer = AdapterLinear(
