@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -209,7 +210,7 @@ def _originals(
 ) -> Weights | None:
     try:
         return original_weights(directory, manifest, base)
-    except (CheckpointError, BaseMismatchError) as reason:
+    except BaseMismatchError as reason:
         if base is not None:
             raise
         found["notes"].append(f"No spectra: {reason}. Name the model with --base.")
@@ -254,7 +255,7 @@ def _spectra(spectra: Spectra, weights: Weights) -> dict[str, Any]:
         curves = by_label.get(kind["kind"], [])
         length = max(map(len, curves), default=0)
         kind["curve"] = [
-            round(sum(curve[min(rank, len(curve) - 1)] for curve in curves) / len(curves), 6) for rank in range(length)
+            statistics.fmean(curve[min(rank, len(curve) - 1)] for curve in curves) for rank in range(length)
         ]
         kind["sizes"] = _sizes(target for target in spectra.targets if _label(target, labels) == kind["kind"])
     return summary | {"modules": modules, "of": "residuals" if weights.start is not None else "weights"}

@@ -180,8 +180,8 @@ def original_weights(directory: Path, manifest: Mapping[str, Any], source: Path 
         Residuals and the start that was subtracted, where the residual is baked; else the source's own weights.
 
     Raises:
-        CheckpointError: the source is not there; or the output is damaged.
-        BaseMismatchError: what is there is another model.
+        CheckpointError, AdapterError: the output is damaged.
+        BaseMismatchError: the source is not there, or what is there is another model.
     """
     targets = manifest_targets(directory, manifest)
     options = manifest["options"]
@@ -190,14 +190,17 @@ def original_weights(directory: Path, manifest: Mapping[str, Any], source: Path 
         start = Adapter.open(directory / manifest["adapter"]["folder"]) if subtracted else None
         checkpoint = Checkpoint.open(directory)
     else:
-        start, place = None, source or Path(manifest["source"]["name"])
-        if not place.is_dir():
-            raise CheckpointError(
-                f"the weights that {directory} was made from are not in it, and {place} is no directory here"
+        start, origin = None, source or Path(manifest["source"]["name"])
+        if not origin.is_dir():
+            raise BaseMismatchError(
+                f"the weights that {directory} was made from are not in it, and {origin} is no directory here"
             )
-        checkpoint = Checkpoint.open(place)
+        try:
+            checkpoint = Checkpoint.open(origin)
+        except CheckpointError as error:
+            raise BaseMismatchError(f"the weights that {directory} was made from are not in it: {error}") from error
         if checkpoint.fingerprint() != manifest["source"]["fingerprint"]:
-            raise BaseMismatchError(f"{place} is another model than the one that {directory} was made from")
+            raise BaseMismatchError(f"{origin} is another model than the one that {directory} was made from")
     missing = [target.tensor for target in targets if target.tensor not in checkpoint.tensors]
     if missing:
         raise CheckpointError(f"{checkpoint.directory} lacks {missing[0]!r}, which {directory / MANIFEST} names")

@@ -8,7 +8,7 @@ from typing import Any
 
 from nlora_surgery.adapter import Adapter
 from nlora_surgery.checkpoint import ADAPTER_CONFIG, Checkpoint
-from nlora_surgery.errors import BaseMismatchError, CheckpointError, TargetError, UnsupportedCheckpointError
+from nlora_surgery.errors import BaseMismatchError, TargetError, UnsupportedCheckpointError
 from nlora_surgery.manifest import has_init_manifest, read_manifest, summarize
 from nlora_surgery.rewrite import Progress
 from nlora_surgery.spectra import SpectraOptions, Weights, measure_spectra, original_weights, rank_costs
@@ -50,7 +50,7 @@ def inspect(
         if spectra is not None:
             try:
                 weights = original_weights(directory, read_manifest(directory))
-            except (CheckpointError, BaseMismatchError) as reason:
+            except BaseMismatchError as reason:
                 return described | {"no_spectra": str(reason)}
             described["spectra"] = measure_spectra(weights, spectra, device=device, progress=progress).summary()
         return described
