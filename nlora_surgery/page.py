@@ -798,11 +798,14 @@ def _energy_chart(kinds: Sequence[Mapping[str, Any]], rank: int, most: int) -> _
 def _values_chart(
     label: str, lines: Sequence[tuple[str, Sequence[float]]], rank: int, most: int, limits: tuple[float, float]
 ) -> _Html:
+    from matplotlib.ticker import LogLocator
+
     def draw(axes: Any) -> None:
         for colour, values in lines:
             points = [point for point in _thinned(len(values)) if values[point - 1] > 0]
             axes.plot(points, [values[point - 1] for point in points], color=colour, linewidth=1.4)
         axes.set(yscale="log", ylim=limits)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         _rank_axis(axes, rank, most)
 

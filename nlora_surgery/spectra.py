@@ -44,6 +44,7 @@ __all__ = [
     "Spectrum",
     "Weights",
     "evenly",
+    "exact_values",
     "frobenius_norm",
     "manifest_targets",
     "measure_spectra",
@@ -53,6 +54,7 @@ __all__ = [
     "place_labels",
     "rank_costs",
     "singular_values",
+    "sketched_values",
 ]
 
 Item = TypeVar("Item")
@@ -355,13 +357,24 @@ def singular_values(weight: Tensor, k: int, generator: torch.Generator) -> tuple
         singular values of a projection of the weight, hence none is larger than the true one.
     """
     if min(weight.shape) <= 2 * (k + _OVERSAMPLING):  # a sketch would cost no less
-        # On the host, in fp64, from the eigenvalues of the Gram matrix: energies are exact, and only values below
-        # 1e-8 of the largest are lost.
-        exact = weight.to("cpu", torch.float64)
-        scale = float(exact.abs().max()) or 1.0
-        exact = (exact if len(exact) <= exact.shape[1] else exact.T) / scale
-        squares: Tensor = torch.linalg.eigvalsh(exact @ exact.T)
-        return squares.flip(0)[:k].clamp(min=0).sqrt() * scale, True
+        return exact_values(weight, k), True
+    return sketched_values(weight, k, generator), False
+
+
+def exact_values(weight: Tensor, k: int) -> Tensor:
+    """The k largest singular values, from the eigenvalues of the Gram matrix; arguments as in `singular_values`.
+
+    On the host, in fp64: energies are exact, and only values below 1e-8 of the largest are lost.
+    """
+    exact = weight.to("cpu", torch.float64)
+    scale = float(exact.abs().max()) or 1.0
+    exact = (exact if len(exact) <= exact.shape[1] else exact.T) / scale
+    squares: Tensor = torch.linalg.eigvalsh(exact @ exact.T)
+    return squares.flip(0)[:k].clamp(min=0).sqrt() * scale
+
+
+def sketched_values(weight: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """The k largest singular values of a projection of the weight; arguments as in `singular_values`."""
     S = randomized_svd(
         weight,
         k,
@@ -370,7 +383,7 @@ def singular_values(weight: Tensor, k: int, generator: torch.Generator) -> tuple
         generator=generator,
         dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
     ).S
-    return S.to("cpu", torch.float64), False
+    return S.to("cpu", torch.float64)
 
 
 def frobenius_norm(matrix: Tensor) -> float:
@@ -406,6 +419,7 @@ def measure_spectra(
         torch.set_num_threads(1)
         target, on = job
         found = _spectrum(weights, target, options, on)
+        weights.checkpoint.release(target.tensor)
         progress.advance(weights.checkpoint.tensors[target.tensor].size_bytes)
         return found
 
