@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "Turn LoRA into SLoRA, or a residual adapter into LoRA of the original.",
     "extract": "Find the adapter between two checkpoints.",
     "inspect": "Say what a directory is, and what a rank costs.",
+    "report": "Write a page with its spectra, figures and losses.",
     "verify": "Check that nothing was lost.",
     "push": "Push a result to the Hugging Face Hub, with a card.",
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from nlora_surgery_cli.options import WritingCommand, split_names
+from nlora_surgery_cli.options import WritingCommand, beside, split_names
 from nlora_surgery_cli.render import (
     ProgressBar,
     bytes_text,
@@ -84,7 +84,9 @@ def command(
     init_options = InitOptions(rank=rank, factor=factor, **options)
     init_options.check()
     directory = fetch(model)
-    plan = plan_init(directory, out or _beside(model, directory, rank), init_options, source_name=model, device=device)
+    plan = plan_init(
+        directory, out or beside(model, directory, f"-nlora-r{rank}"), init_options, source_name=model, device=device
+    )
     if dry_run:
         _echo_plan(plan, as_json=as_json)
         return
@@ -99,17 +101,6 @@ def command(
         echo_json(manifest)
         return
     _echo_report(plan, manifest, rows)
-
-
-def _beside(model: str, directory: Path, rank: int) -> Path:
-    """Where the output goes without -o: beside a local model, here for one from the Hub."""
-    path = Path(model)
-    if path.is_dir():
-        name = path.name if path.name not in {"", "."} else directory.resolve().name
-        parent = path.parent if path.name not in {"", "..", "."} else directory.resolve().parent
-    else:
-        name, parent = model.partition("@")[0].rpartition("/")[2], Path()
-    return parent / f"{name}-nlora-r{rank}"
 
 
 def _echo_plan(plan: Any, *, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 from nlora_surgery_cli.options import split_names
 from nlora_surgery_cli.render import (
+    ProgressBar,
     bytes_text,
     count_text,
     echo_json,
@@ -25,25 +26,36 @@ __all__ = ["command"]
 
 @click.command("inspect")
 @click.argument("path")
-@click.option("--rank", "-r", type=int, default=64, show_default=True, help="The rank whose cost is told.")
+@click.option("--rank", "-r", type=int,
+              help="The rank whose cost is told; if it is given, also what it, half of it and twice as much can "
+                   "capture, which takes reading some layers.  [default: 64, from headers alone]")  # fmt: skip
 @click.option("--targets", multiple=True, callback=split_names, help="Of a checkpoint: as init would be given.")
 @click.option("--exclude", multiple=True, callback=split_names, help="The same.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def command(path: str, rank: int, targets: list[str], exclude: list[str], as_json: bool) -> None:
-    """Say what PATH is (checkpoint, adapter, prepared), and what a rank costs.
+def command(path: str, rank: int | None, targets: list[str], exclude: list[str], as_json: bool) -> None:
+    """Say what PATH is (checkpoint, adapter, prepared), and what a rank costs and captures.
 
     PATH is a directory, or a Hub id.
     """
-    if rank < 1:
+    if rank is not None and rank < 1:
         raise OptionError(f"--rank must be at least 1, not {rank}")
     from nlora_surgery.hub import fetch
+    from nlora_surgery.spectra import MOST_RANK, SpectraOptions
     from nlora_surgery.surgery.inspect import inspect
 
-    found = inspect(fetch(path), rank, targets, exclude)
+    directory = fetch(path)
+    ranks = sorted({each for each in (rank // 2, rank, 2 * rank) if 1 <= each <= MOST_RANK}) if rank else []
+    spectra = SpectraOptions(ranks) if ranks else None
+    with ProgressBar("inspect") as progress:
+        found = inspect(directory, rank or 64, targets, exclude, spectra=spectra, progress=progress)
     if as_json:
         echo_json(found)
         return
     {"checkpoint": _echo_checkpoint, "adapter": _echo_adapter, "prepared": _echo_prepared}[found["kind"]](path, found)
+    if "spectra" in found:
+        _echo_spectra(found["spectra"])
+    if "no_spectra" in found:
+        warn(found["no_spectra"])
 
 
 def _echo_checkpoint(path: str, found: dict[str, Any]) -> None:
@@ -104,3 +116,31 @@ def _echo_prepared(path: str, found: dict[str, Any]) -> None:
     for text in found["warnings"]:
         warn(text)
     _echo_adapter(f"{path}/adapter", found["adapter"])
+
+
+def _echo_spectra(spectra: dict[str, Any]) -> None:
+    ranks = [str(rank) for rank in spectra["ranks"]]
+    rows = [
+        (
+            kind["kind"],
+            f"{kind['measured']} of {kind['modules']}",
+            *(figure(kind["energy"][rank], ".1%") for rank in ranks),
+        )
+        for kind in spectra["kinds"]
+    ]
+    means = ("all", "", *(figure(spectra["energy"][rank], ".1%") for rank in ranks))
+    costs = [
+        (name, "", *(write(spectra["costs"][rank][what]) for rank in ranks))
+        for name, what, write in (
+            ("LoRA parameters", "lora", count_text),
+            ("SLoRA parameters", "slora", count_text),
+            ("IntTune parameters", "inttune", count_text),
+            ("adapter file, fp32", "adapter_bytes", bytes_text),
+        )
+    ]
+    click.echo("The most energy that a rank can capture, the share of ‖weight‖²:")
+    echo_table(("module", "measured", *(f"r = {rank}" for rank in ranks)), [*rows, means, *costs])
+    if not all(kind["exact"] for kind in spectra["kinds"]):
+        click.echo("Sketched, hence never too high; docs/report.md says by how much too low.")
+    for tensor in spectra["not_finite"]:
+        warn(f"{tensor} holds NaN or infinity")

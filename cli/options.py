@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-__all__ = ["WritingCommand", "byte_count", "locate_adapter", "locate_base_and_adapter", "split_names"]
+__all__ = ["WritingCommand", "beside", "byte_count", "locate_adapter", "locate_base_and_adapter", "split_names"]
 
 
 class WritingCommand(click.Command):
@@ -39,6 +39,23 @@ class WritingCommand(click.Command):
             click.Option(["--json", "as_json"], is_flag=True, help="Print the manifest as JSON."),
         ]
         super().__init__(name, params=shared, **settings)
+
+
+def beside(name: str, directory: Path, ending: str) -> Path:
+    """Where an output goes without -o: beside a local model, here for one from the Hub.
+
+    Args:
+        name: as the user gave it.
+        directory: where that is.
+        ending: of the output's name.
+    """
+    path = Path(name)
+    if path.is_dir():
+        stem = path.name if path.name not in {"", "."} else directory.resolve().name
+        parent = path.parent if path.name not in {"", "..", "."} else directory.resolve().parent
+    else:
+        stem, parent = name.partition("@")[0].rpartition("/")[2], Path()
+    return parent / f"{stem}{ending}"
 
 
 def locate_adapter(name: str) -> Path:

@@ -37,6 +37,7 @@ __all__ = [
     "is_finite",
     "low_rank_svd",
     "module_generator",
+    "moved_sides",
     "nystrom",
     "nystrom_optimal",
     "nystrom_pinv",
@@ -141,6 +142,27 @@ def change_sides(
         return torch.zeros_like(left), right
     initial_left, initial_right = initial.sides(scaling, dtype)
     return torch.cat([left, -initial_left], -1), torch.cat([right, initial_right], -2)
+
+
+def moved_sides(now: Factors, start: Factors, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """How far a product is from its start, as `left (out, 2 r) @ right (2 r, in)`.
+
+    The difference of the products, written with the differences of the factors, so that a small step is not what is
+    left of two large products: with P = lora_B lora_N, `P A - P' A' = (P - P') A + P' (A - A')`, and P - P' likewise.
+
+    Args:
+        now: the factors, or stacks of them.
+        start: of the same shapes.
+        scaling: alpha / r.
+        dtype: to compute in, and of the results.
+    """
+    lora_A, lora_B = now.lora_A.to(dtype), now.lora_B.to(dtype)
+    start_A, start_B = start.lora_A.to(dtype), start.lora_B.to(dtype)
+    moved_B, start_product = lora_B - start_B, start_B
+    if now.lora_N is not None and start.lora_N is not None:
+        lora_N, start_N = now.lora_N.to(dtype), start.lora_N.to(dtype)
+        moved_B, start_product = moved_B @ lora_N + start_B @ (lora_N - start_N), start_B @ start_N
+    return torch.cat([moved_B, start_product], -1) * scaling, torch.cat([lora_A, lora_A - start_A], -2)
 
 
 def adding_product(left: Tensor, right: Tensor, sign: int = 1) -> Callable[[slice, Tensor], None]:

@@ -16,7 +16,7 @@ from nlora_surgery.staging import run_id
 from nlora_surgery.targets import module_kind
 from nlora_surgery.version import VERSION
 
-__all__ = ["identify", "read_manifest", "summarize", "write_manifest"]
+__all__ = ["has_init_manifest", "identify", "read_manifest", "summarize", "write_manifest"]
 
 
 def identify(command: str, source: Checkpoint, source_name: str, **decisive: Any) -> dict[str, Any]:
@@ -48,6 +48,14 @@ def write_manifest(tree: Path, identity: Mapping[str, Any], **figures: Any) -> N
         "source": {"name": identity["source_name"], "fingerprint": identity["source"]},
     }
     (tree / MANIFEST).write_text(json.dumps(head | figures, indent=1) + "\n", encoding="utf-8")
+
+
+def has_init_manifest(directory: Path) -> bool:
+    """Whether a directory holds a manifest that is not one of another command, as merge and convert write them."""
+    path = directory / MANIFEST
+    if not os.path.exists(path):  # noqa: PTH110  (Path.exists raises if the name is too long)
+        return False
+    return read_json(path).get("command") not in {"convert", "extract", "merge"}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

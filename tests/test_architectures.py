@@ -898,7 +898,8 @@ def test_targets_are_told_as_a_tree(surgery: Callable[..., Any], models: Callabl
     for arguments in (("inspect", model, "-r", 4), ("init", model, "-r", 4, "--dry-run", "-o", tmp_path / "out")):
         done = surgery(*arguments)
         assert done.code == 0, done.stderr
-        lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
+        tree = done.stdout.partition("The most energy")[0]
+        lines = {line.split()[0]: line.split()[1:] for line in tree.splitlines() if line.strip()}
         assert lines["model.layers.{0…1}"] == []
         assert lines["block_sparse_moe.experts.{0…3}"] == []
         # 2 layers of 4 experts, 32 × 48 in bf16 each; 4 (32 + 48) + 4² numbers of the adapter each.

@@ -281,6 +281,22 @@ def test_an_output_of_init_comes_whole(
     assert "adapter/adapter_model.safetensors" in hub.downloads("org/out")
 
 
+def test_a_report_of_what_is_on_the_hub(hub: LoopbackHub, model: Path, here: Path, init: Runner, run: Runner) -> None:
+    """The page lies here; its spectra are those of the base, which is on the Hub as well."""
+    assert init(str(model), "--residual", "virtual", "--out", "out").returncode == 0
+    hub.add_repo("org/out", here / "out")
+    hub.add_repo("org/base", model)
+    model.rename(model.with_name("away"))  # or it would be found where init found it
+    alone = run(COMMAND, "report", "org/out", "--json")
+    assert alone.returncode == 0, alone.stderr
+    assert "No spectra" in alone.stderr
+    assert (here / "out-report.html").exists()
+    whole = run(COMMAND, "report", "org/out", "--base", "org/base", "--overwrite", "--json")
+    assert whole.returncode == 0, whole.stderr
+    assert "spectra" not in json.loads(alone.stdout)
+    assert json.loads(whole.stdout)["spectra"]["kinds"]
+
+
 API = "/api/models/org/name*"
 FILES = "/org/name/resolve/*"
 ERRORS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, str], Sequence[str]]] = {

@@ -412,7 +412,7 @@ def test_inspect_tells_what_a_directory_is(kind: str, surgery: Surgery, tiny_lla
 
 def test_the_papers_parameter_counts() -> None:
     """LLaMA-2-7B at r = 128: LoRA 319.8 M, SLoRA 3.67 M more, IntTune 1.15 % of LoRA's (paper, table 3)."""
-    from nlora_surgery.surgery.inspect import parameter_counts
+    from nlora_surgery.spectra import parameter_counts
 
     layer = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     counts = parameter_counts(layer * 32, 128)

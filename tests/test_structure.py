@@ -20,7 +20,7 @@ FLOORS = [
     {"factor", "checkpoint", "adapter_keys"},
     {"devices", "ranks", "staging"},
     {"rewrite", "targets", "adapter"},
-    {"manifest", "training.layers"},
+    {"manifest", "spectra", "training.layers"},
     {
         "surgery.prepare",
         "surgery.convert",
@@ -32,8 +32,9 @@ FLOORS = [
         "training.data",
         "training.loading",
         "card",
+        "page",
     },
-    {"training.trainer", "training.generate", "push"},
+    {"training.trainer", "training.generate", "push", "report"},
     {"peft_plugin"},
 ]
 ENTRY_POINTS = {"", "surgery", "training", "__main__"}  # packages hold no code; __main__ starts the command line

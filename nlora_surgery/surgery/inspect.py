@@ -1,63 +1,72 @@
-"""inspect: what a directory holds, and what a rank would cost."""
+"""inspect: what a directory holds, and what a rank would cost and capture."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nlora_surgery.adapter import Adapter
-from nlora_surgery.checkpoint import ADAPTER_CONFIG, MANIFEST, Checkpoint
-from nlora_surgery.errors import TargetError, UnsupportedCheckpointError
-from nlora_surgery.manifest import read_manifest, summarize
+from nlora_surgery.checkpoint import ADAPTER_CONFIG, Checkpoint
+from nlora_surgery.errors import BaseMismatchError, TargetError, UnsupportedCheckpointError
+from nlora_surgery.manifest import has_init_manifest, read_manifest, summarize
+from nlora_surgery.rewrite import Progress
+from nlora_surgery.spectra import SpectraOptions, Weights, measure_spectra, original_weights, rank_costs
 from nlora_surgery.targets import choose_targets, describe_targets, module_kind, refuse_quantized
 
-__all__ = ["inspect", "parameter_counts"]
+__all__ = ["inspect"]
 
 
-def parameter_counts(shapes: Iterable[tuple[int, int]], r: int) -> dict[str, int]:
-    """Trainable parameters at a rank, by kind of training.
-
-    Args:
-        shapes: (out, in) of each adapted module.
-        r: the rank; smaller modules count with min(out, in).
-
-    Returns:
-        `lora`: r (out + in) each; `slora`: r² more each; `inttune`: those r² alone.
-    """
-    sides = cores = 0
-    for out_features, in_features in shapes:
-        rank = min(r, out_features, in_features)
-        sides += rank * (out_features + in_features)
-        cores += rank * rank
-    return {"lora": sides, "slora": sides + cores, "inttune": cores}
-
-
-def inspect(directory: Path, r: int = 64, targets: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, Any]:
+def inspect(
+    directory: Path,
+    r: int = 64,
+    targets: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    *,
+    spectra: SpectraOptions | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Describe a checkpoint, an adapter or a prepared checkpoint, as JSON values.
 
     Args:
         directory: any of the three.
         r: the rank whose cost is told.
         targets, exclude: of a checkpoint, see `choose_targets`.
+        spectra: also measure what ranks would capture, in some layers; None reads headers only.
+        device: where spectra are computed.
+        progress: listens to that.
 
     Returns:
         `kind` (`checkpoint`, `adapter` or `prepared`) and what belongs to it. A checkpoint has its
         parameters and bytes, its `targets` (see `describe_targets`), and the `cost` of rank r (see
-        `parameter_counts`; `adapter_bytes` in fp32); an adapter its format, ranks, scalings and base; a
-        prepared checkpoint its method, its figures and its adapter.
+        `rank_costs`); an adapter its format, ranks, scalings and base; a prepared checkpoint its method, its
+        figures and its adapter. `spectra` as `Spectra.summary` gives it, of the original weights; for a
+        prepared checkpoint whose original weights are not here, `no_spectra` says so.
 
     Raises:
         CheckpointError, AdapterError: the directory is none of them, or damaged.
         TargetError: `targets` or `exclude` name what is not there, or cannot be adapted.
+        OptionError: see `measure_spectra`.
     """
-    if (directory / MANIFEST).exists():
-        return _prepared(directory)
+    if has_init_manifest(directory):
+        described = _prepared(directory)
+        if spectra is not None:
+            try:
+                weights = original_weights(directory, read_manifest(directory))
+            except BaseMismatchError as reason:
+                return described | {"no_spectra": str(reason)}
+            described["spectra"] = measure_spectra(weights, spectra, device=device, progress=progress).summary()
+        return described
     if (directory / ADAPTER_CONFIG).exists():
         return _adapter(directory)
     with Checkpoint.open(directory) as checkpoint:
-        return _checkpoint(checkpoint, r, targets, exclude)
+        described = _checkpoint(checkpoint, r, targets, exclude)
+        if spectra is not None and "refused" not in described:
+            weights = Weights(checkpoint, choose_targets(checkpoint, r, targets, exclude))
+            described["spectra"] = measure_spectra(weights, spectra, device=device, progress=progress).summary()
+        return described
 
 
 def _checkpoint(checkpoint: Checkpoint, r: int, patterns: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
@@ -87,12 +96,10 @@ def _checkpoint(checkpoint: Checkpoint, r: int, patterns: Sequence[str], exclude
         if patterns or exclude:
             raise
         return described | {"refused": str(reason)}
-    shapes = [(target.out_features, target.in_features) for target in targets for _ in range(target.experts or 1)]
-    cost = parameter_counts(shapes, r)
     return described | {
         "rank": r,
         "targets": describe_targets(checkpoint, targets),
-        "cost": cost | {"adapter_bytes": 4 * cost["slora"], "virtual_adapter_bytes": 8 * cost["slora"]},
+        "cost": rank_costs(targets, r),
     }
 
 
