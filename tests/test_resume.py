@@ -386,16 +386,21 @@ def test_ctrl_c_leaves_a_stage_that_the_same_command_finishes(
 # --- ranks --------------------------------------------------------------------------------------------------
 
 
+def rank_environments(count: int) -> list[dict[str, str]]:
+    """What torchrun would set for the processes of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    return [{**group, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 @pytest.mark.parametrize("command", OTHERS)
 def test_two_ranks_write_the_bytes_of_one_process(
     command: str, commands: dict[str, list[str]], uninterrupted: Uninterrupted, tmp_path: Path
 ) -> None:
     """Two processes with the environment that torchrun would give them; they meet over gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [start(commands[command], tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    ranks = [start(commands[command], tmp_path, **environment) for environment in rank_environments(2)]
     for process in ranks:
         process.join(60)
     assert [process.exitcode for process in ranks] == [0, 0]
@@ -425,7 +430,10 @@ def test_ranks_write_the_bytes_of_one_process(
 
 
 def test_one_ranks_failure_fails_all(model: Path, tmp_path: Path) -> None:
-    """A NaN in the shard of one rank: no rank commits, nothing is left."""
+    """A NaN in the shard of one rank: no rank commits, nothing is left, and each says why.
+
+    Without torchrun, which kills the others as soon as one has ended.
+    """
     import shutil
 
     broken = tmp_path / "broken"
@@ -434,10 +442,15 @@ def test_one_ranks_failure_fails_all(model: Path, tmp_path: Path) -> None:
     with open(shard, "r+b") as file:
         file.seek(shard.stat().st_size // 4 * 2)  # in the middle of a weight
         file.write(b"\xff\xff")  # a bf16 NaN
-    done = torchrun(2, tmp_path, "init", broken, "-r", 8, "-o", "out")
-    assert done.returncode != 0
-    assert "NaN or infinity" in done.stderr
-    assert "failed while writing the shards" in done.stderr
+    command = [sys.executable, "-m", "nlora_surgery", "init", str(broken), "-r", "8", "-o", "out"]
+    ranks = [
+        subprocess.Popen(command, cwd=tmp_path, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+        for environment in rank_environments(2)
+    ]
+    said = [rank.communicate(timeout=120)[1].splitlines()[-1] for rank in ranks]
+    assert all(rank.returncode for rank in ranks), said
+    assert all("NaN or infinity" in line for line in said), said
+    assert sum("failed while writing the shards" in line for line in said) == 1, said
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
