@@ -1,7 +1,6 @@
 """The page of `report`: figures in, one HTML text out, with everything in it and nothing loaded from anywhere.
 
-Text from files reaches the page through `_tag` alone, which escapes it; charts are drawn by matplotlib and put into
-the page as SVG, their colours replaced by the page's own, so that they are readable in light and in dark.
+Text from files reaches the page through `markup.tag` alone, which escapes it.
 """
 
 from __future__ import annotations
@@ -9,51 +8,32 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import io
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from string import Template
 from typing import Any, Final
-from xml.etree import ElementTree
 
-from nlora_surgery.errors import MissingExtraError
+from nlora_surgery.charts import (
+    DEPTHS,
+    energy_chart,
+    line_keys,
+    line_style,
+    loss_chart,
+    need_matplotlib,
+    values_chart,
+)
+from nlora_surgery.markup import Html, join, table_head, tag
 from nlora_surgery.spectra import Place, place, place_labels
 from nlora_surgery.version import VERSION
 
-__all__ = ["GENERATOR", "need_matplotlib", "render"]
+__all__ = ["GENERATOR", "render"]
 
 GENERATOR: Final = "nlora_surgery report"
 
 _HEAT_STEPS: Final = 10  # as many as templates/report.css has
-_STYLES: Final = ("-", "-", "-", "-", "--", "--", "--", ":", ":", ":", ":", "-.", "-.", "-.")  # beside seven colours
-_DEPTHS: Final = 5
-_SVG: Final = "{http://www.w3.org/2000/svg}"
-
-# What matplotlib draws in, and what takes its place on the page.
-_TEXT, _GRID, _MARK = "#010101", "#010102", "#010103"
-_COLOURS: Final = {
-    _TEXT: "currentColor",
-    _GRID: "var(--grid)",
-    _MARK: "var(--mark)",
-    **{f"#0102{index:02x}": f"var(--c{index})" for index in range(7)},
-    **{f"#0103{index:02x}": f"var(--d{index})" for index in range(_DEPTHS)},
-}
-
-
-def need_matplotlib() -> None:
-    """Find out early whether the charts can be drawn.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError('the report draws with matplotlib: pip install "nlora-surgery[report]"') from error
 
 
 def render(found: Mapping[str, Any]) -> str:
@@ -67,28 +47,25 @@ def render(found: Mapping[str, Any]) -> str:
     """
     need_matplotlib()
     sections = [*_training(found), *_change(found), *_start(found), *_ranks(found), _reading(found)]
-    links = [_tag("li", _tag("a", title, href=f"#{key}")) for key, title, _ in sections]
+    links = [tag("li", tag("a", title, href=f"#{key}")) for key, title, _ in sections]
     what, lead, tiles, facts = _DESCRIPTIONS[found["kind"]](found)
-    head = _tag(
+    head = tag(
         "header",
-        _tag("p", f"{GENERATOR}: {what}", class_="over"),
-        _tag("h1", found["name"]),
-        _tag("p", lead, class_="lead"),
-        _tag("nav", _tag("ul", *links), aria_label="Sections"),
+        tag("p", f"{GENERATOR}: {what}", class_="over"),
+        tag("h1", found["name"]),
+        tag("p", lead, class_="lead"),
+        tag("nav", tag("ul", *links), aria_label="Sections"),
     )
-    notes = [_tag("ul", *(_tag("li", note) for note in found["notes"]), class_="notes")] if found["notes"] else []
-    body = _tag(
+    notes = [tag("ul", *(tag("li", note) for note in found["notes"]), class_="notes")] if found["notes"] else []
+    body = tag(
         "main",
-        _tag("dl", *(_tag("div", _tag("dt", name), _tag("dd", value)) for name, value in tiles), class_="tiles"),
+        tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in tiles), class_="tiles"),
         _facts(facts),
         *notes,
-        *(
-            _tag("section", _tag("h2", title, id=key), *content, aria_labelledby=key)
-            for key, title, content in sections
-        ),
+        *(tag("section", tag("h2", title, id=key), *content, aria_labelledby=key) for key, title, content in sections),
         id="main",
     )
-    foot = _tag("footer", f"Made by nlora_surgery {VERSION}. Everything is in this file; it loads nothing.")
+    foot = tag("footer", f"Made by nlora_surgery {VERSION}. Everything is in this file; it loads nothing.")
     folder = resources.files("nlora_surgery") / "templates"
     script = (folder / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -97,43 +74,13 @@ def render(found: Mapping[str, Any]) -> str:
         title=html.escape(f"{found['name']} · {GENERATOR}"),
         script_hash=f"sha256-{digest}",
         style=(folder / "report.css").read_text(encoding="utf-8"),
-        body=_join([head, body, foot]),
+        body=join([head, body, foot]),
         script=script,
         data=_script_json(_on_page(found)),
     )
 
 
-# --- HTML ------------------------------------------------------------------------------------------------
-
-
-class _Html(str):
-    """Text that is HTML already; every other string is escaped where it goes in."""
-
-    __slots__ = ()
-
-
-def _tag(name: str, *content: Any, **attributes: Any) -> _Html:
-    """An element; `class_` is `class`, `aria_label` is `aria-label`, True an attribute without a value."""
-    words = [name]
-    for key, value in attributes.items():
-        key = key.rstrip("_").replace("_", "-")
-        if value is True:
-            words.append(key)
-        elif value is not None and value is not False:
-            words.append(f'{key}="{html.escape(str(value))}"')
-    opened = f"<{' '.join(words)}>"
-    if name in {"input", "br"}:
-        return _Html(opened)
-    inside = "".join(each if isinstance(each, _Html) else html.escape(str(each)) for each in content)
-    return _Html(f"{opened}{inside}</{name}>")
-
-
-def _head(*names: str) -> _Html:
-    return _tag("thead", _tag("tr", *(_tag("th", name, scope="col") for name in names)))
-
-
-def _join(parts: Iterable[Any]) -> _Html:
-    return _Html("\n".join(part if isinstance(part, _Html) else html.escape(str(part)) for part in parts))
+# --- the page's figures for its script --------------------------------------------------
 
 
 def _script_json(value: Any) -> str:
@@ -151,13 +98,11 @@ def _on_page(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "spectra": {**spectra, "modules": modules}}
 
 
-def _facts(facts: Iterable[tuple[str, Any]]) -> _Html:
-    return _tag(
-        "dl", *(part for name, value in facts for part in (_tag("dt", name), _tag("dd", value))), class_="facts"
-    )
+def _facts(facts: Iterable[tuple[str, Any]]) -> Html:
+    return tag("dl", *(part for name, value in facts for part in (tag("dt", name), tag("dd", value))), class_="facts")
 
 
-def _table(key: str, title: Any, text: Any, *content: _Html, class_: str | None = None) -> _Html:
+def _table(key: str, title: Any, text: Any, *content: Html, class_: str | None = None) -> Html:
     """A table below its title; what is too wide for a phone scrolls by itself, by keyboard too.
 
     Args:
@@ -166,15 +111,15 @@ def _table(key: str, title: Any, text: Any, *content: _Html, class_: str | None 
         content: of the table.
         class_: of the table.
     """
-    table = _tag("table", *content, class_=class_, aria_labelledby=key)
-    scrolled = _tag("div", table, class_="scroll", role="region", aria_labelledby=key, tabindex="0")
-    small = [_tag("small", text)] if text else []
-    return _tag("figure", _tag("figcaption", _tag("span", title, id=key), *small), scrolled)
+    table = tag("table", *content, class_=class_, aria_labelledby=key)
+    scrolled = tag("div", table, class_="scroll", role="region", aria_labelledby=key, tabindex="0")
+    small = [tag("small", text)] if text else []
+    return tag("figure", tag("figcaption", tag("span", title, id=key), *small), scrolled)
 
 
-def _figure(value: float | None, text: str, **attributes: Any) -> _Html:
+def _figure(value: float | None, text: str, **attributes: Any) -> Html:
     """A number as it is shown, with all of its digits for machines."""
-    return _tag("data", text, value="" if value is None else repr(value), **attributes)
+    return tag("data", text, value="" if value is None else repr(value), **attributes)
 
 
 def _percent(value: float | None) -> str:
@@ -213,7 +158,7 @@ def _describe_checkpoint(found: Mapping[str, Any]) -> _Description:
     facts = [
         ("model type", described["model_type"] or "not given"),
         ("stored as", f"{dtypes}, {_amount(sum(described['files'].values()), 'B')} in {len(described['files'])} files"),
-        ("fingerprint", _tag("code", described["fingerprint"])),
+        ("fingerprint", tag("code", described["fingerprint"])),
     ]
     return "a checkpoint", "What adapters of any rank could capture of its weights, and what they cost.", tiles, facts
 
@@ -225,7 +170,7 @@ def _describe_prepared(found: Mapping[str, Any]) -> _Description:
     facts = [
         ("made from", described["source"]["name"]),
         ("method", _method(options)),
-        ("fingerprint of the base", _tag("code", described["base_fingerprint"])),
+        ("fingerprint of the base", tag("code", described["base_fingerprint"])),
     ]
     return "an output of init", "What its start captured, and what other ranks would.", tiles, facts
 
@@ -297,7 +242,7 @@ def _start_tiles(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 # --- sections --------------------------------------------------------------------------------------------
 
-_Section = tuple[str, str, list[_Html]]
+_Section = tuple[str, str, list[Html]]
 
 
 def _training(found: Mapping[str, Any]) -> list[_Section]:
@@ -306,14 +251,14 @@ def _training(found: Mapping[str, Any]) -> list[_Section]:
         return []
     losses, evals = training["losses"], training["eval_losses"]
     if not losses and not evals:
-        return [("training", "Training", [_tag("p", "The run has logged no loss yet.")])]
-    chart = _loss_chart(losses, evals)
+        return [("training", "Training", [tag("p", "The run has logged no loss yet.")])]
+    chart = loss_chart(losses, evals)
     keys = [("--c0", "-", "training")] * bool(losses) + [("--c1", "-", "evaluation")] * bool(evals)
     content = [
-        _tag(
+        tag(
             "figure",
-            _tag("figcaption", "Loss by step"),
-            _keys(keys),
+            tag("figcaption", "Loss by step"),
+            line_keys(keys),
             chart,
             class_="wide",
         )
@@ -324,16 +269,16 @@ def _training(found: Mapping[str, Any]) -> list[_Section]:
         if points
     ]
     body = [
-        _tag(
+        tag(
             "tr",
-            _tag("th", name, scope="row"),
-            *(_tag("td", _figure(value, f"{value:.4f}")) for value in values),
-            _tag("td", f"{count:,}"),
+            tag("th", name, scope="row"),
+            *(tag("td", _figure(value, f"{value:.4f}")) for value in values),
+            tag("td", f"{count:,}"),
         )
         for name, *values, count in rows
     ]
-    head = _head("loss", "first", "least", "last", "logged")
-    table = _table("losses", "The same in numbers", "", head, _tag("tbody", *body))
+    head = table_head("loss", "first", "least", "last", "logged")
+    table = _table("losses", "The same in numbers", "", head, tag("tbody", *body))
     return [("training", "Training", [*content, table])]
 
 
@@ -345,7 +290,7 @@ def _change(found: Mapping[str, Any]) -> list[_Section]:
     moved = change["since"] == "start"
     title = "Which modules moved" if moved else "What the adapter adds"
     if moved and not any(module["norm"] for module in modules):
-        return [("change", title, [_tag("p", "None: the adapter stands where it started.")])]
+        return [("change", title, [tag("p", "None: the adapter stands where it started.")])]
     relative = all(module["ratio"] is not None for module in modules)
     figure = "ratio" if relative else "norm"
     size = "‖delta − its start‖" if moved else "‖delta‖"
@@ -393,7 +338,7 @@ def _start(found: Mapping[str, Any]) -> list[_Section]:
         for figure, title, text in maps
         if any(module[figure] is not None for module in modules)
     ]
-    intro = _tag("p", "As init measured it, for every module: layers from left to right, modules from top to bottom.")
+    intro = tag("p", "As init measured it, for every module: layers from left to right, modules from top to bottom.")
     return [("start", "What the start captured", [intro, *shown])]
 
 
@@ -403,11 +348,11 @@ def _ranks(found: Mapping[str, Any]) -> list[_Section]:
         return []
     rank, kinds = found["rank"], spectra["kinds"]
     most = max((len(kind["curve"]) for kind in kinds), default=1)
-    chooser = _tag(
+    chooser = tag(
         "div",
-        _tag("label", "Rank", for_="rank"),
-        _tag("input", type="range", id="rank", min=1, max=most, step=1, value=rank),
-        _tag(
+        tag("label", "Rank", for_="rank"),
+        tag("input", type="range", id="rank", min=1, max=most, step=1, value=rank),
+        tag(
             "input",
             type="number",
             id="rank-number",
@@ -421,19 +366,19 @@ def _ranks(found: Mapping[str, Any]) -> list[_Section]:
         id="chooser",
         hidden=True,
     )
-    lines = [(f"--c{index % 7}", _line_style(index), kind["kind"]) for index, kind in enumerate(kinds)]
-    energy = _tag(
+    lines = [(f"--c{index % 7}", line_style(index), kind["kind"]) for index, kind in enumerate(kinds)]
+    energy = tag(
         "figure",
-        _tag(
+        tag(
             "figcaption",
             "Energy that the best product of a rank captures",
-            _tag("small", "Means by kind of module; the vertical line is the chosen rank."),
+            tag("small", "Means by kind of module; the vertical line is the chosen rank."),
         ),
-        _keys(lines),
-        _energy_chart(kinds, rank, most),
+        line_keys(lines),
+        energy_chart(kinds, rank, most),
         class_="wide",
     )
-    sampled = _tag("p", _sampling(spectra), class_="soft")
+    sampled = tag("p", _sampling(spectra), class_="soft")
     narrow = len({place(module["module"]).layer for module in spectra["modules"]}) <= 8
     return [
         (
@@ -441,7 +386,7 @@ def _ranks(found: Mapping[str, Any]) -> list[_Section]:
             "What a rank captures and costs",
             [
                 chooser,
-                _tag("div", energy, _best_map(found), class_="pair") if narrow else _join([energy, _best_map(found)]),
+                tag("div", energy, _best_map(found), class_="pair") if narrow else join([energy, _best_map(found)]),
                 _at_rank(found),
                 _by_rank(found),
                 sampled,
@@ -451,44 +396,44 @@ def _ranks(found: Mapping[str, Any]) -> list[_Section]:
     ]
 
 
-def _at_rank(found: Mapping[str, Any]) -> _Html:
+def _at_rank(found: Mapping[str, Any]) -> Html:
     """Energy and costs of each kind of module at one rank."""
     spectra, rank = found["spectra"], str(found["rank"])
     captured = _captured(found)
     header = ["module", "out × in", "weights", "energy, at best", *(["energy of the start"] if captured else []),
               "LoRA", "SLoRA, NLoRA", "IntTune", "file, fp32"]  # fmt: skip
 
-    def costs(name: str, sums: Mapping[str, int]) -> list[_Html]:
+    def costs(name: str, sums: Mapping[str, int]) -> list[Html]:
         return [
-            _tag("td", _figure(sums[what], _amount(sums[what], unit), data_figure=f"{name}.{what}"))
+            tag("td", _figure(sums[what], _amount(sums[what], unit), data_figure=f"{name}.{what}"))
             for what, unit in (("lora", ""), ("slora", ""), ("inttune", ""), ("adapter_bytes", "B"))
         ]
 
-    def share(name: str, value: float | None) -> _Html:
+    def share(name: str, value: float | None) -> Html:
         bar = f"--p:{100 * (value or 0):.4g}%"
-        return _tag("td", _figure(value, _percent(value), data_figure=f"{name}.energy"), class_="bar", style=bar)
+        return tag("td", _figure(value, _percent(value), data_figure=f"{name}.energy"), class_="bar", style=bar)
 
-    def start(label: str | None) -> list[_Html]:
+    def start(label: str | None) -> list[Html]:
         value = captured.get(label)
-        return [_tag("td", _figure(value, _percent(value)))] if captured else []
+        return [tag("td", _figure(value, _percent(value)))] if captured else []
 
     rows = [
-        _tag(
+        tag(
             "tr",
-            _tag("th", kind["kind"], scope="row"),
-            _tag("td", _shapes(kind["shapes"])),
-            _tag("td", f"{kind['modules']:,}"),
+            tag("th", kind["kind"], scope="row"),
+            tag("td", _shapes(kind["shapes"])),
+            tag("td", f"{kind['modules']:,}"),
             share(f"kind{index}", kind["energy"][rank]),
             *start(kind["kind"]),
             *costs(f"kind{index}", kind["costs"][rank]),
         )
         for index, kind in enumerate(spectra["kinds"])
     ]
-    total = _tag(
+    total = tag(
         "tr",
-        _tag("th", "all", scope="row"),
-        _tag("td", ""),
-        _tag("td", f"{sum(kind['modules'] for kind in spectra['kinds']):,}"),
+        tag("th", "all", scope="row"),
+        tag("td", ""),
+        tag("td", f"{sum(kind['modules'] for kind in spectra['kinds']):,}"),
         share("all", spectra["energy"][rank]),
         *start(None),
         *costs("all", spectra["costs"][rank]),
@@ -496,11 +441,11 @@ def _at_rank(found: Mapping[str, Any]) -> _Html:
     own = f" The start's own energy is that of rank {found['start']['options']['rank']}." if captured else ""
     return _table(
         "at-rank",
-        _join(["At rank", _tag("span", rank, data_rank_text=True)]),
+        join(["At rank", tag("span", rank, data_rank_text=True)]),
         f"Trainable parameters, and bytes of an SLoRA file; twice as many with a virtual residual.{own}",
-        _head(*header),
-        _tag("tbody", *rows),
-        _tag("tfoot", total),
+        table_head(*header),
+        tag("tbody", *rows),
+        tag("tfoot", total),
     )
 
 
@@ -521,14 +466,14 @@ def _captured(found: Mapping[str, Any]) -> dict[str | None, float | None]:
     return {label: _mean(values) for label, values in groups.items()}
 
 
-def _by_rank(found: Mapping[str, Any]) -> _Html:
+def _by_rank(found: Mapping[str, Any]) -> Html:
     """Energy of each kind of module, and costs of all, at several ranks."""
     spectra, chosen = found["spectra"], found["rank"]
     ranks = spectra["ranks"]
 
-    def cells(values: Mapping[str, Any], text: Callable[[Any], str]) -> list[_Html]:
+    def cells(values: Mapping[str, Any], text: Callable[[Any], str]) -> list[Html]:
         return [
-            _tag(
+            tag(
                 "td",
                 _figure(values[str(r)], text(values[str(r)])),
                 data_rank=r,
@@ -537,14 +482,14 @@ def _by_rank(found: Mapping[str, Any]) -> _Html:
             for r in ranks
         ]
 
-    head = [_tag("th", f"r = {r}", scope="col", data_rank=r, class_="chosen" if r == chosen else None) for r in ranks]
+    head = [tag("th", f"r = {r}", scope="col", data_rank=r, class_="chosen" if r == chosen else None) for r in ranks]
     rows = [
-        _tag("tr", _tag("th", kind["kind"], scope="row"), *cells(kind["energy"], _percent)) for kind in spectra["kinds"]
+        tag("tr", tag("th", kind["kind"], scope="row"), *cells(kind["energy"], _percent)) for kind in spectra["kinds"]
     ]
     costs = [
-        _tag(
+        tag(
             "tr",
-            _tag("th", name, scope="row"),
+            tag("th", name, scope="row"),
             *cells({r: sums[what] for r, sums in spectra["costs"].items()}, write),
         )
         for name, what, write in (
@@ -558,13 +503,13 @@ def _by_rank(found: Mapping[str, Any]) -> _Html:
         "by-rank",
         "Rank by rank",
         "The most energy that a rank can capture, and what it costs in all.",
-        _tag("thead", _tag("tr", _tag("th", "module", scope="col"), *head)),
-        _tag("tbody", *rows),
-        _tag("tfoot", _tag("tr", _tag("th", "all", scope="row"), *cells(spectra["energy"], _percent)), *costs),
+        tag("thead", tag("tr", tag("th", "module", scope="col"), *head)),
+        tag("tbody", *rows),
+        tag("tfoot", tag("tr", tag("th", "all", scope="row"), *cells(spectra["energy"], _percent)), *costs),
     )
 
 
-def _best_map(found: Mapping[str, Any]) -> _Html:
+def _best_map(found: Mapping[str, Any]) -> Html:
     """The heat map of energies that the chosen rank can capture, in the layers that were measured."""
     spectra, rank = found["spectra"], found["rank"]
     modules = [
@@ -575,7 +520,7 @@ def _best_map(found: Mapping[str, Any]) -> _Html:
         }
         for index, module in enumerate(spectra["modules"])
     ]
-    title = _join(["Energy at rank", _tag("span", rank, data_rank_text=True), "at best, %"])
+    title = join(["Energy at rank", tag("span", rank, data_rank_text=True), "at best, %"])
     return _heat(modules, "best", title, "In the layers that were measured.", domain=(0.0, 1.0), follows=True)
 
 
@@ -603,7 +548,7 @@ def _sampling(spectra: Mapping[str, Any]) -> str:
     return text
 
 
-def _spectra(found: Mapping[str, Any]) -> list[_Html]:
+def _spectra(found: Mapping[str, Any]) -> list[Html]:
     """The singular values, a chart for each kind of module and in it a line for each layer."""
     spectra = found["spectra"]
     most = max((len(module["curve"]) for module in spectra["modules"]), default=1)
@@ -619,23 +564,23 @@ def _spectra(found: Mapping[str, Any]) -> list[_Html]:
     charts = []
     for label, members in groups.items():
         layers = sorted({where.layer for where, _ in members})
-        depth = {layer: round(index * (_DEPTHS - 1) / max(1, len(layers) - 1)) for index, layer in enumerate(layers)}
-        lines = [(f"#0103{depth[where.layer]:02x}", module["values"]) for where, module in members]
+        depth = {layer: round(index * (DEPTHS - 1) / max(1, len(layers) - 1)) for index, layer in enumerate(layers)}
+        lines = [(depth[where.layer], module["values"]) for where, module in members]
         shown = ", ".join(map(str, layers)) if len(layers) <= 8 else f"{layers[0]} to {layers[-1]}"
         note = f"layer{'s' if len(layers) > 1 else ''} {shown}"
         charts.append(
-            _tag(
+            tag(
                 "figure",
-                _tag("figcaption", label, _tag("small", note)),
-                _values_chart(label, lines, found["rank"], most, (lowest / 1.2, highest * 1.2)),
+                tag("figcaption", label, tag("small", note)),
+                values_chart(label, lines, found["rank"], most, (lowest / 1.2, highest * 1.2)),
             )
         )
-    intro = _tag(
+    intro = tag(
         "p",
         "Singular values relative to ‖weight‖, by their number; both axes logarithmic. The stronger a line, the deeper "
         "its layer; the vertical line is the chosen rank. A spectrum that falls steeply is captured by few ranks.",
     )
-    return [_tag("h3", "Spectra", id="spectra"), intro, _tag("div", *charts, class_="charts")]
+    return [tag("h3", "Spectra", id="spectra"), intro, tag("div", *charts, class_="charts")]
 
 
 def _reading(found: Mapping[str, Any]) -> _Section:
@@ -665,7 +610,7 @@ def _heat(
     *,
     domain: tuple[float, float] | None = None,
     follows: bool = False,
-) -> _Html:
+) -> Html:
     """Layers × modules as tables, one for each stack of layers, the numbers in the cells.
 
     Args:
@@ -682,30 +627,30 @@ def _heat(
     for module in modules:
         where = place(module["module"])
         stacks.setdefault(where.stack, {}).setdefault(where.kind, {}).setdefault(where.layer, []).append(module)
-    swatches = _tag("span", *(_tag("i", class_=f"h{step}") for step in range(_HEAT_STEPS)), aria_hidden="true")
-    scale = _tag("span", write(low), swatches, write(high), class_="scale")
+    swatches = tag("span", *(tag("i", class_=f"h{step}") for step in range(_HEAT_STEPS)), aria_hidden="true")
+    scale = tag("span", write(low), swatches, write(high), class_="scale")
     tables = []
     for number, (stack, kinds) in enumerate(stacks.items()):
         layers = sorted({layer for cells in kinds.values() for layer in cells})
-        head = [_tag("th", stack or "layer", scope="col")]
-        head += [_tag("th", "mean", scope="col", class_="mean")] * (not follows)
-        head += [_tag("th", layer if stack else "", scope="col") for layer in layers]
+        head = [tag("th", stack or "layer", scope="col")]
+        head += [tag("th", "mean", scope="col", class_="mean")] * (not follows)
+        head += [tag("th", layer if stack else "", scope="col") for layer in layers]
         rows = []
         for kind, cells in kinds.items():
-            row = [_tag("th", kind, scope="row")]
+            row = [tag("th", kind, scope="row")]
             if not follows:
                 mean = _mean(module[figure] for members in cells.values() for module in members)
-                row.append(_tag("td", _figure(mean, "-" if mean is None else write(mean)), class_="mean"))
+                row.append(tag("td", _figure(mean, "-" if mean is None else write(mean)), class_="mean"))
             row += [_cell(cells.get(layer, []), figure, write, (low, high), follows=follows) for layer in layers]
-            rows.append(_tag("tr", *row))
-        body = [_tag("thead", _tag("tr", *head)), _tag("tbody", *rows)]
+            rows.append(tag("tr", *row))
+        body = [tag("thead", tag("tr", *head)), tag("tbody", *rows)]
         key = f"map-{figure}-{number}".replace("_", "-")
         if number:
             tables.append(_table(key, stack or "outside of the layers", "", *body, class_="heat"))
         else:
-            caption = _join([title, f"({unit})"]) if unit else title
-            tables.append(_table(key, caption, _join([text, _tag("br"), scale]), *body, class_="heat"))
-    return _join(tables)
+            caption = join([title, f"({unit})"]) if unit else title
+            tables.append(_table(key, caption, join([text, tag("br"), scale]), *body, class_="heat"))
+    return join(tables)
 
 
 def _cell(
@@ -715,15 +660,15 @@ def _cell(
     domain: tuple[float, float],
     *,
     follows: bool,
-) -> _Html:
+) -> Html:
     value = _mean(module[figure] for module in members)
     if value is None:
-        return _tag("td", _figure(None, "-" if members else ""))
+        return tag("td", _figure(None, "-" if members else ""))
     low, high = domain
     share = (value - low) / (high - low) if high > low else 0.0
     step = max(0, min(_HEAT_STEPS - 1, math.floor(share * _HEAT_STEPS)))
     indices = " ".join(str(module["index"]) for module in members) if follows else None
-    return _tag("td", _figure(value, write(value)), class_=f"h{step}", data_module=indices)
+    return tag("td", _figure(value, write(value)), class_=f"h{step}", data_module=indices)
 
 
 def _cell_format(figure: str, values: Sequence[float]) -> tuple[Callable[[float], str], str]:
@@ -745,181 +690,3 @@ def _cell_format(figure: str, values: Sequence[float]) -> tuple[Callable[[float]
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
-
-
-# --- charts ----------------------------------------------------------------------------------------------
-
-
-def _keys(lines: Sequence[tuple[str, str, str]]) -> _Html:
-    """Which line is whose: colour, style and name of each."""
-    dashes = {"-": None, "--": "6 3", ":": "1.5 3", "-.": "6 3 1.5 3"}
-    return _tag(
-        "ul",
-        *(
-            _tag(
-                "li",
-                _tag(
-                    "svg",
-                    _tag("line", x1=0, y1=5, x2=28, y2=5, style=f"stroke:var({colour})", stroke_width=3,
-                         stroke_dasharray=dashes[style]),
-                    viewBox="0 0 28 10",
-                    aria_hidden="true",
-                ),
-                name,
-            )
-            for colour, style, name in lines
-        ),
-        class_="keys",
-    )  # fmt: skip
-
-
-def _line_style(index: int) -> str:
-    return _STYLES[index % len(_STYLES)]
-
-
-def _energy_chart(kinds: Sequence[Mapping[str, Any]], rank: int, most: int) -> _Html:
-    def draw(axes: Any) -> None:
-        for index, kind in enumerate(kinds):
-            points = _thinned(len(kind["curve"]))
-            energies = [100 * kind["curve"][point - 1] for point in points]
-            axes.plot(
-                [*points, most],
-                [*energies, energies[-1]],
-                color=f"#0102{index % 7:02x}",
-                linestyle=_line_style(index),
-                linewidth=1.8,
-            )
-        axes.set(ylim=(0, 102), xlabel="rank", ylabel="energy captured, %")
-        _rank_axis(axes, rank, most)
-
-    return _chart("Energy captured by rank, a line for each kind of module", (4.9, 3.1), draw, rank=rank, most=most)
-
-
-def _values_chart(
-    label: str, lines: Sequence[tuple[str, Sequence[float]]], rank: int, most: int, limits: tuple[float, float]
-) -> _Html:
-    from matplotlib.ticker import LogLocator
-
-    def draw(axes: Any) -> None:
-        for colour, values in lines:
-            points = [point for point in _thinned(len(values)) if values[point - 1] > 0]
-            axes.plot(points, [values[point - 1] for point in points], color=colour, linewidth=1.4)
-        axes.set(yscale="log", ylim=limits)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        _rank_axis(axes, rank, most)
-
-    return _chart(f"Singular values of {label} by number", (3.3, 2.1), draw, rank=rank, most=most)
-
-
-def _loss_chart(losses: Sequence[Sequence[float]], evals: Sequence[Sequence[float]]) -> _Html:
-    def draw(axes: Any) -> None:
-        for colour, points in (("#010200", losses), ("#010201", evals)):
-            if points:
-                kept = [points[index - 1] for index in _thinned(len(points), most=400, even=True)]
-                axes.plot(*zip(*kept, strict=True), color=colour, linewidth=1.6, marker="o" if len(kept) < 20 else None,
-                          markersize=3.5)  # fmt: skip
-        axes.set(xlabel="step", ylabel="loss")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-
-    return _chart("Loss by step", (4.9, 2.7), draw)
-
-
-def _thinned(count: int, most: int = 60, *, even: bool = False) -> list[int]:
-    """Numbers from 1 to `count`, at equal distances of their logarithms; all of them where they are few."""
-    if count <= 1:
-        return [1] * count
-    share = (index / (most - 1) for index in range(most))
-    return sorted({round(1 + part * (count - 1)) if even else round(count**part) for part in share})
-
-
-def _rank_axis(axes: Any, rank: int, most: int) -> None:
-    """Powers of two, and a line at the chosen rank."""
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(1, max(2, most))
-    ticks = [2**power for power in range(0, max(1, most).bit_length(), 2)]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.axvline(min(rank, most), color=_MARK, linewidth=1.4, linestyle="--", gid="rank-marker")
-
-
-def _chart(
-    title: str, size: tuple[float, float], draw: Callable[[Any], None], rank: int | None = None, most: int = 1
-) -> _Html:
-    """An SVG element in the page's colours.
-
-    Args:
-        title: for those who do not see it.
-        size: in inches of 72 points.
-        draw: onto matplotlib's axes.
-        rank, most: at what the rank's marker stands, and at most can.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # Text stays text, and a `$` in a module's name is no formula.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "", "text.parse_math": False, "font.size": 11,
-                "font.family": "sans-serif", "axes.unicode_minus": False}  # fmt: skip
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=size, dpi=72, layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.minorticks_off()
-        axes.grid(color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=_TEXT, length=0)
-        for text in (axes.xaxis.label, axes.yaxis.label):
-            text.set_color(_TEXT)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(_TEXT)
-        for patch in (figure.patch, axes.patch):
-            patch.set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        attributes = {"class": "chart", "role": "img", "aria-label": title}
-        if rank is not None:
-            marks = [axes.transData.transform((at, axes.get_ylim()[0]))[0] for at in (1, most)]
-            attributes |= {
-                "data-from": f"{marks[0]:.2f}",
-                "data-to": f"{marks[1]:.2f}",
-                "data-most": str(max(2, most)),
-                "data-rank": str(min(rank, most)),
-            }
-    return _inline(buffer.getvalue(), attributes)
-
-
-def _inline(text: str, attributes: Mapping[str, str]) -> _Html:
-    """An SVG of matplotlib's as an element of a page that has others of its kind."""
-    ElementTree.register_namespace("", _SVG[1:-1])
-    root = ElementTree.fromstring(text)
-    for name in ("metadata", "defs"):
-        for child in root.findall(f"{_SVG}{name}"):
-            if name == "metadata" or child.find(f"{_SVG}style") is not None:
-                root.remove(child)
-    prefix = hashlib.sha256(text.encode()).hexdigest()[:8]
-    referred = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
-    used = {name for pair in referred for name in pair if name}
-    for element in root.iter():
-        own = element.get("id")
-        if own is not None:
-            del element.attrib["id"]
-            if own in used:
-                element.set("id", f"{prefix}-{own}")
-            if own == "rank-marker":
-                element.set("class", "rank-marker")
-        for key, value in list(element.attrib.items()):
-            if key.endswith("href") and value.startswith("#"):
-                del element.attrib[key]  # HTML knows no namespaces
-                element.set("href", f"#{prefix}-{value[1:]}")
-            elif "url(#" in value:
-                element.set(key, value.replace("url(#", f"url(#{prefix}-"))
-            elif key == "d":
-                element.set(key, re.sub(r"\d+\.\d{2,}", lambda match: f"{float(match[0]):.1f}", value))
-    for key in ("width", "height", "version"):
-        root.attrib.pop(key, None)
-    for key, value in attributes.items():
-        root.set(key, value)
-    shown = ElementTree.tostring(root, encoding="unicode")
-    for drawn, own in _COLOURS.items():
-        shown = shown.replace(drawn, own)
-    return _Html(re.sub(r"\n\s*", "\n", shown))

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 
 from nlora_surgery.adapter import Adapter, check_base
+from nlora_surgery.charts import need_matplotlib
 from nlora_surgery.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from nlora_surgery.errors import (
     AdapterError,
@@ -26,7 +27,7 @@ from nlora_surgery.errors import (
 )
 from nlora_surgery.factor import Factors, moved_sides, product_svd
 from nlora_surgery.manifest import has_init_manifest, read_manifest, summarize
-from nlora_surgery.page import GENERATOR, need_matplotlib, render
+from nlora_surgery.page import GENERATOR, render
 from nlora_surgery.rewrite import Progress
 from nlora_surgery.spectra import (
     MOST_RANK,

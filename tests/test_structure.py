@@ -16,8 +16,8 @@ LIBRARY = ROOT / "nlora_surgery"
 
 # Imports go down only. A new module gets its place here.
 FLOORS = [
-    {"errors", "options", "version"},
-    {"factor", "checkpoint", "adapter_keys"},
+    {"errors", "options", "version", "markup"},
+    {"factor", "checkpoint", "adapter_keys", "charts"},
     {"devices", "ranks", "staging"},
     {"rewrite", "targets", "adapter"},
     {"manifest", "spectra", "training.layers"},
