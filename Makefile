@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check format bench bench-adapters clean
+.PHONY: demo test test-slow check format bench bench-adapters experiments clean
 
 demo: $(VENV)/.installed
 	@sh fixtures/demo.sh $(BIN)
@@ -30,6 +30,12 @@ bench: $(VENV)/.installed-bench
 bench-adapters: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/adapters.py --json bench-data/adapters.json
 
+# Runs what experiments/ has no result for, and makes its page; MODEL, TRAIN and TEST are paths.
+experiments: $(VENV)/.installed-experiments
+	$(BIN)/python -m experiments.run --model "$(MODEL)" --train-data "$(TRAIN)" --test-data "$(TEST)"
+	$(BIN)/python -m experiments.vision
+	$(BIN)/python -m experiments.page
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -43,4 +49,4 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) demo-out bench-data .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo-out bench-data experiments-work .mypy_cache .ruff_cache .pytest_cache .hypothesis
