@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from experiments.run import RESULTS, read_results
-from experiments.table import GRID_STEPS, LONG_STEPS, Start
+from experiments.table import GRID_STEPS, LONG_STEPS, Start, rate_text
 
 __all__ = [
     "PAGE",
@@ -114,10 +114,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _rate(lr: float) -> str:
-    return f"{lr:.0e}".replace("e-0", "e-")
-
-
 def _loss(value: float | None) -> str:
     if value is None:
         return ""
@@ -159,11 +155,11 @@ def _grid(chosen: Sequence[Trials]) -> str:
     for trial in chosen:
         loss, best = trial.best
         near = trial.near
-        span = f"{_rate(near[0])} to {_rate(near[-1])}" if len(near) > 1 else _rate(near[0])
+        span = f"{rate_text(near[0])} to {rate_text(near[-1])}" if len(near) > 1 else rate_text(near[0])
         cells = [f"**{_loss(found)}**" if lr == best else _loss(found) for lr, found in trial.losses.items()]
         by_rate = dict(zip(trial.losses, cells, strict=True))
         rows.append([_title(trial), *(by_rate.get(lr, "") for lr in rates), _loss(loss), span])
-    return _table(("start", *map(_rate, rates), "best", "within 2 %"), rows)
+    return _table(("start", *map(rate_text, rates), "best", "within 2 %"), rows)
 
 
 def _long(chosen: Sequence[Trials]) -> str:
@@ -177,7 +173,7 @@ def _long(chosen: Sequence[Trials]) -> str:
         last = [run[-1][1] for run in trial.long]
         spread = f"{min(last):.3f} to {max(last):.3f}" if len(last) > 1 else "one seed"
         parameters = "" if trial.trainable is None else f"{trial.trainable / 1e6:.2f} M"
-        rows.append([_title(trial), parameters, _rate(trial.long_rate), *map(_loss, means), spread])
+        rows.append([_title(trial), parameters, rate_text(trial.long_rate), *map(_loss, means), spread])
     evaluations = ("before", "30", "60", "90", "120 steps")
     return _table(("start", "trainable", "lr", *evaluations, "seeds"), rows)
 
@@ -192,7 +188,7 @@ def _ranks(found: Mapping[tuple[str, str], Trials]) -> str:
         for trial in pair:
             assert trial is not None
             loss, lr = trial.best
-            cells += [_loss(loss), _rate(lr)]
+            cells += [_loss(loss), rate_text(lr)]
         both = [trial for trial in pair if trial is not None]
         at_paper = [_loss(trial.losses.get(2e-4)) for trial in both]
         ratio = both[1].best[0] / both[0].best[0]
@@ -345,7 +341,7 @@ def _vision_table(rows: Sequence[tuple[str, str, _ByRate]]) -> str:
                 f"{accuracy:.1%}",
             ]
         )
-    return _table(("start", "trained", "parameters", "before", *map(_rate, rates), "seeds", "accuracy"), lines)
+    return _table(("start", "trained", "parameters", "before", *map(rate_text, rates), "seeds", "accuracy"), lines)
 
 
 _VISION_TITLES: Final = {"pissa-r16-lora": "pissa, two matrices"}

@@ -29,7 +29,7 @@ import click
 from experiments.table import STAGES, Run
 from nlora_surgery.errors import TrainingError
 
-__all__ = ["RESULTS", "Runner", "best_rate", "machine", "read_results"]
+__all__ = ["RESULTS", "Runner", "append_result", "best_rate", "provenance", "read_results"]
 
 RESULTS: Final = Path(__file__).parent / "results" / "language.jsonl"
 
@@ -43,6 +43,12 @@ def read_results(path: Path = RESULTS) -> dict[str, dict[str, Any]]:
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
     return {result["name"]: result for result in map(json.loads, lines)}
+
+
+def append_result(path: Path, result: Mapping[str, Any]) -> None:
+    """One more line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
 
 
 def best_rate(run: Run, results: Iterable[Mapping[str, Any]]) -> float:
@@ -116,12 +122,10 @@ class Runner:
         result |= {
             "data": {"max_characters": self.max_characters, "sha256": self._data_digest(run)},
             "seconds": round(time.monotonic() - began, 1),
-            "machine": machine(self.threads),
-            "versions": {name: version(name) for name in _PACKAGES},
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
-        with self._lock, open(self.results, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        result |= provenance(self.threads, _PACKAGES)
+        with self._lock:
+            append_result(self.results, result)
         shutil.rmtree(out)
         return result
 
@@ -209,10 +213,14 @@ def _eval_losses(out: Path) -> list[tuple[int, float]]:
     return [(entry["step"], round(entry["eval_loss"], 5)) for entry in entries if "eval_loss" in entry]
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What the run had: the processor's name, and its threads."""
+def provenance(threads: int, packages: Iterable[str]) -> dict[str, Any]:
+    """Where a result comes from: `machine` (processor, threads), `versions` of packages, `date`."""
     names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.machine(), "threads": threads}
+    return {
+        "machine": {"cpu": names[0] if names else platform.machine(), "threads": threads},
+        "versions": {name: version(name) for name in packages},
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
 
 
 def _cpu_lines() -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-__all__ = ["GRID_STEPS", "LONG_STEPS", "STAGES", "Run", "Stage", "Start"]
+__all__ = ["GRID_STEPS", "LONG_STEPS", "STAGES", "Run", "Stage", "Start", "rate_text"]
 
 GRID_STEPS: Final = 60
 LONG_STEPS: Final = 120
@@ -80,7 +80,7 @@ class Run:
     @property
     def name(self) -> str:
         """Short and unique; the key of its result."""
-        rate = "best" if self.lr is None else f"{self.lr:.0e}".replace("e-0", "e-")
+        rate = "best" if self.lr is None else rate_text(self.lr)
         dtype = [] if self.dtype == "bfloat16" else [self.dtype]
         return "-".join([self.start.name, self.mode, f"lr{rate}", f"s{self.steps}", *dtype, f"seed{self.seed}"])
 
@@ -99,6 +99,11 @@ class Stage:
 
     name: str
     runs: tuple[Run, ...]
+
+
+def rate_text(lr: float) -> str:
+    """A learning rate as the page and the runs' names have it, `2e-4`."""
+    return f"{lr:.0e}".replace("e-0", "e-")
 
 
 def _grid(rates: tuple[float, ...], mode: str, **start: Any) -> Iterator[Run]:

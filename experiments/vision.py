@@ -6,15 +6,12 @@ digits lying on their side. Its head stays as it is. Takes minutes on one core, 
 
 from __future__ import annotations
 
-import datetime
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from experiments.run import machine, read_results
-from experiments.table import Start
+from experiments.run import append_result, provenance, read_results
+from experiments.table import Start, rate_text
 from nlora_surgery.adapter import Adapter
 from nlora_surgery.training.layers import attach, freeze
 
@@ -51,8 +48,7 @@ class VisionRun:
     @property
     def name(self) -> str:
         """Short and unique; the key of its result."""
-        rate = f"{self.lr:.0e}".replace("e-0", "e-")
-        return f"{self.start.name}-{self.mode}-lr{rate}-seed{self.seed}"
+        return f"{self.start.name}-{self.mode}-lr{rate_text(self.lr)}-seed{self.seed}"
 
 
 # More steps of the product's size per step of Adam want a lower rate, lora_N alone a higher one.
@@ -208,10 +204,7 @@ def _run(run: VisionRun, base: Path, work: Path) -> dict[str, Any]:
         "before": before,
         "after": after,
         "seconds": round(time.monotonic() - began, 1),
-        "machine": machine(torch.get_num_threads()),
-        "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    } | provenance(torch.get_num_threads(), ("torch", "transformers", "scikit-learn"))
 
 
 def _surgery(*arguments: object) -> None:
@@ -256,8 +249,7 @@ def main(work: Path, results: Path) -> None:
         if run.name in done:
             continue
         result = _run(run, base, work)
-        with open(results, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        append_result(results, result)
         click.echo(f"{run.name}: {result['after']['loss']:.4f}, {result['after']['accuracy']:.1%}")
 
 

@@ -13,7 +13,15 @@ from torch import Tensor
 from nlora_surgery.errors import OptionError
 from nlora_surgery.factor import TILE_BYTES, row_tiles
 
-__all__ = ["MemoryGrowth", "Workspace", "compute_dtype", "resolve_devices", "single_threaded_torch", "tile_bytes"]
+__all__ = [
+    "MemoryGrowth",
+    "Workspace",
+    "compute_dtype",
+    "cpu_cores",
+    "resolve_devices",
+    "single_threaded_torch",
+    "tile_bytes",
+]
 
 _GPU_TILE_BYTES = 64 << 20  # large enough that starting a kernel or a copy costs nothing beside it
 
@@ -21,6 +29,11 @@ _GPU_TILE_BYTES = 64 << 20  # large enough that starting a kernel or a copy cost
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
     """What arithmetic on a weight is done in: fp32, and fp64 where the weight itself is fp32 or fp64."""
     return torch.float64 if stored in {torch.float32, torch.float64} else torch.float32
+
+
+def cpu_cores() -> int:
+    """How many cores this process may use, which in a container are often fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_devices(name: str) -> list[torch.device]:

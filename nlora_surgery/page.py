@@ -10,7 +10,6 @@ import hashlib
 import html
 import json
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from string import Template
@@ -26,7 +25,7 @@ from nlora_surgery.charts import (
     values_chart,
 )
 from nlora_surgery.markup import Html, join, table_head, tag
-from nlora_surgery.spectra import Place, place, place_labels
+from nlora_surgery.spectra import Place, mean_of_known, place, place_labels
 from nlora_surgery.version import VERSION
 
 __all__ = ["GENERATOR", "render"]
@@ -230,7 +229,7 @@ def _trainable(described: Mapping[str, Any]) -> int:
 
 def _start_tiles(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     means = {
-        figure: _mean(module[figure] for module in found["start"]["modules"])
+        figure: mean_of_known(module[figure] for module in found["start"]["modules"])
         for figure in ("energy", "delta_ratio", "drift")
     }
     return [
@@ -463,7 +462,7 @@ def _captured(found: Mapping[str, Any]) -> dict[str | None, float | None]:
     for module in modules:
         where = place(module["module"])
         groups.setdefault(labels[where.stack, where.kind], []).append(module["energy"])
-    return {label: _mean(values) for label, values in groups.items()}
+    return {label: mean_of_known(values) for label, values in groups.items()}
 
 
 def _by_rank(found: Mapping[str, Any]) -> Html:
@@ -639,7 +638,7 @@ def _heat(
         for kind, cells in kinds.items():
             row = [tag("th", kind, scope="row")]
             if not follows:
-                mean = _mean(module[figure] for members in cells.values() for module in members)
+                mean = mean_of_known(module[figure] for members in cells.values() for module in members)
                 row.append(tag("td", _figure(mean, "-" if mean is None else write(mean)), class_="mean"))
             row += [_cell(cells.get(layer, []), figure, write, (low, high), follows=follows) for layer in layers]
             rows.append(tag("tr", *row))
@@ -661,7 +660,7 @@ def _cell(
     *,
     follows: bool,
 ) -> Html:
-    value = _mean(module[figure] for module in members)
+    value = mean_of_known(module[figure] for module in members)
     if value is None:
         return tag("td", _figure(None, "-" if members else ""))
     low, high = domain
@@ -685,8 +684,3 @@ def _cell_format(figure: str, values: Sequence[float]) -> tuple[Callable[[float]
     sign = "−" if exponent < 0 else ""
     power = "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(abs(exponent)))
     return (lambda value: f"{value / 10.0**exponent:.2f}"), f"in units of 10{sign.replace('−', '⁻')}{power}"
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None

@@ -43,6 +43,7 @@ from nlora_surgery.devices import (
     MemoryGrowth,
     Workspace,
     compute_dtype,
+    cpu_cores,
     resolve_devices,
     single_threaded_torch,
     tile_bytes,
@@ -314,8 +315,7 @@ class _Workers:
     @classmethod
     def plan(cls, devices: list[torch.device], plan: Plan, max_memory: int | None) -> _Workers:
         if devices[0].type == "cpu":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            count = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            count = max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         else:
             count = _WORKERS_PER_GPU * len(devices)
         each = cls.bytes_each(devices[0], plan)

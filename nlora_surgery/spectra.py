@@ -12,7 +12,6 @@ products that exist: never more than the best, and less by what docs/report.md m
 from __future__ import annotations
 
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from nlora_surgery.adapter import Adapter
 from nlora_surgery.checkpoint import MANIFEST, Checkpoint
-from nlora_surgery.devices import compute_dtype, resolve_devices, single_threaded_torch
+from nlora_surgery.devices import compute_dtype, cpu_cores, resolve_devices, single_threaded_torch
 from nlora_surgery.errors import BaseMismatchError, CheckpointError, OptionError
 from nlora_surgery.factor import adding_product, is_finite, module_generator, randomized_svd, row_tiles
 from nlora_surgery.options import STARTS_AT_ZERO
@@ -47,6 +46,7 @@ __all__ = [
     "exact_values",
     "frobenius_norm",
     "manifest_targets",
+    "mean_of_known",
     "measure_spectra",
     "original_weights",
     "parameter_counts",
@@ -297,7 +297,7 @@ class Spectra:
                 "exact": all(spectrum.exact for spectrum in found[label]),
                 "shapes": [list(shape) for shape in dict.fromkeys((t.out_features, t.in_features) for t in targets)],
                 "energy": {
-                    str(r): _mean([_at(each, r) for spectrum in found[label] if (each := spectrum.energies())])
+                    str(r): mean_of_known([_at(each, r) for spectrum in found[label] if (each := spectrum.energies())])
                     for r in self.options.ranks
                 },
                 "costs": {str(r): rank_costs(targets, r) for r in self.options.ranks},
@@ -312,7 +312,7 @@ class Spectra:
             "not_finite": list(self.not_finite),
             "kinds": kinds,
             "energy": {
-                str(r): _mean(
+                str(r): mean_of_known(
                     [kind["energy"][str(r)] for kind in kinds for _ in range(counts[kind["kind"]])]  # type: ignore[index]
                 )
                 for r in self.options.ranks
@@ -429,8 +429,7 @@ def measure_spectra(
         progress.advance(weights.checkpoint.tensors[target.tensor].size_bytes)
         return found
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = min(cores, _MOST_THREADS) if devices[0].type == "cpu" else len(devices)
+    threads = min(cpu_cores(), _MOST_THREADS) if devices[0].type == "cpu" else len(devices)
     with single_threaded_torch(), ThreadPoolExecutor(threads, "spectra") as pool:
         try:
             found = list(pool.map(measure, zip(chosen, cycle(devices), strict=False)))
@@ -509,6 +508,7 @@ def _at(energies: Sequence[float], r: int) -> float:
     return energies[min(r, len(energies)) - 1]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are not None; None if there is none."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None

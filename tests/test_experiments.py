@@ -53,7 +53,7 @@ def test_losses_on_the_page_are_those_of_the_file(page: str) -> None:
         if run["steps"] == GRID_STEPS and run["seed"] == 0 and run["mode"] != "inttune" and plain:
             found[start["method"], run["lr"]] = result["eval"][-1]
     checked = 0
-    for method in {*grid} & {"lora", "slora", "nystrom", "nystrom-optimal", "sketch"}:
+    for method in ("lora", "slora", "nystrom", "nystrom-optimal", "sketch"):
         row = dict(zip(rates, grid[method], strict=False))
         for lr, cell in row.items():
             if cell:
@@ -62,7 +62,7 @@ def test_losses_on_the_page_are_those_of_the_file(page: str) -> None:
                 checked += 1
         shown = [float(cell) for cell in row.values() if cell]
         assert grid[method][len(rates)] == f"{min(shown):.3f}"
-    assert checked >= 4 * 4  # four learning rates for every start
+    assert checked >= 5 * 4  # four learning rates for every start
 
 
 def test_losses_of_the_vision_transformer_are_those_of_the_file(page: str) -> None:

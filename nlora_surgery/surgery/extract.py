@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ class ExtractPlan:
     config: AdapterConfig
     engine: Plan
 
-    @property
+    @cached_property
     def layout(self) -> AdapterLayout:
         """How the factors lie in the adapter's file, before ranks are cut by a tolerance."""
         return AdapterLayout(self.modules.values(), three_matrix=self.options.to == "slora")
@@ -308,7 +308,8 @@ def _with_other_experts(source: Checkpoint, changed: Sequence[str]) -> list[str]
     """The changed tensors, and where one expert changed, its layer's other experts: PEFT fuses all of them or none."""
     layers = {match[1] for name in changed if (match := _EXPERT.fullmatch(name))}
     others = {name for name in source.tensors if (match := _EXPERT.fullmatch(name)) and match[1] in layers}
-    return [name for name in source.tensors if name in others.union(changed)]
+    wanted = others.union(changed)
+    return [name for name in source.tensors if name in wanted]
 
 
 def _same_bytes(left: memoryview, right: memoryview) -> bool:

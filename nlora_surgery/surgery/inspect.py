@@ -13,7 +13,7 @@ from nlora_surgery.errors import BaseMismatchError, TargetError, UnsupportedChec
 from nlora_surgery.manifest import has_init_manifest, read_manifest, summarize
 from nlora_surgery.rewrite import Progress
 from nlora_surgery.spectra import SpectraOptions, Weights, measure_spectra, original_weights, rank_costs
-from nlora_surgery.targets import choose_targets, describe_targets, module_kind, refuse_quantized
+from nlora_surgery.targets import Target, choose_targets, describe_targets, module_kind, refuse_quantized
 
 __all__ = ["inspect"]
 
@@ -62,14 +62,17 @@ def inspect(
     if (directory / ADAPTER_CONFIG).exists():
         return _adapter(directory)
     with Checkpoint.open(directory) as checkpoint:
-        described = _checkpoint(checkpoint, r, targets, exclude)
-        if spectra is not None and "refused" not in described:
-            weights = Weights(checkpoint, choose_targets(checkpoint, r, targets, exclude))
+        described, chosen = _checkpoint(checkpoint, r, targets, exclude)
+        if spectra is not None and chosen:
+            weights = Weights(checkpoint, chosen)
             described["spectra"] = measure_spectra(weights, spectra, device=device, progress=progress).summary()
         return described
 
 
-def _checkpoint(checkpoint: Checkpoint, r: int, patterns: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
+def _checkpoint(
+    checkpoint: Checkpoint, r: int, patterns: Sequence[str], exclude: Sequence[str]
+) -> tuple[dict[str, Any], list[Target]]:
+    """The description, and the targets; none where it says `refused`."""
     dtypes: dict[str, int] = {}
     parameters = 0
     for info in checkpoint:
@@ -89,18 +92,18 @@ def _checkpoint(checkpoint: Checkpoint, r: int, patterns: Sequence[str], exclude
     try:
         refuse_quantized(checkpoint)
     except UnsupportedCheckpointError as reason:
-        return described | {"refused": str(reason)}
+        return described | {"refused": str(reason)}, []
     try:
         targets = choose_targets(checkpoint, r, patterns, exclude)
     except TargetError as reason:
         if patterns or exclude:
             raise
-        return described | {"refused": str(reason)}
+        return described | {"refused": str(reason)}, []
     return described | {
         "rank": r,
         "targets": describe_targets(checkpoint, targets),
         "cost": rank_costs(targets, r),
-    }
+    }, targets
 
 
 def _adapter(directory: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
 import re
 import statistics
 import zlib
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from nlora_surgery.adapter import Adapter, check_base
 from nlora_surgery.checkpoint import Checkpoint, read_json
-from nlora_surgery.devices import compute_dtype, single_threaded_torch
+from nlora_surgery.devices import compute_dtype, cpu_cores, single_threaded_torch
 from nlora_surgery.errors import BaseMismatchError, VerificationError
 from nlora_surgery.factor import Factors, row_tiles
 from nlora_surgery.manifest import read_manifest
@@ -221,7 +220,7 @@ def _check_targets(prepared: Prepared, original: Checkpoint, report: Verificatio
         original.release(module["tensor"])
         return result
 
-    with single_threaded_torch(), ThreadPoolExecutor(_cores()) as pool:
+    with single_threaded_torch(), ThreadPoolExecutor(cpu_cores()) as pool:
         report.modules = list(pool.map(check, modules))
     beyond = [module for module in report.modules if not module["worst_share"] <= 1]
     if beyond and prepared.residual == "none":
@@ -605,7 +604,3 @@ def _image_features(model: Any, vision: Any, random: Callable[..., Tensor]) -> M
         if name in {"last_hidden_state", "pooler_output"}
     }
     return {f"image {name}": value for name, value in flat.items()}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
