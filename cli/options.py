@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-__all__ = ["WritingCommand", "beside", "byte_count", "locate_adapter", "locate_base_and_adapter", "split_names"]
+__all__ = [
+    "WritingCommand",
+    "beside",
+    "byte_count",
+    "locate_adapter",
+    "locate_base_and_adapter",
+    "rate_or_auto",
+    "split_names",
+]
 
 
 class WritingCommand(click.Command):
@@ -90,6 +98,16 @@ def byte_count(_: click.Context, __: click.Parameter, value: str | None) -> int 
     if not 0 < count < 1e18:
         raise click.BadParameter(f"{value!r} is no possible size")
     return int(count)
+
+
+def rate_or_auto(_: click.Context, __: click.Parameter, value: str | None) -> float | str | None:
+    """A learning rate, or the word `auto`."""
+    if value is None or value == "auto":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
 def locate_base_and_adapter(model: str, adapter: str | None) -> tuple[Path, Path | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from nlora_surgery_cli.options import split_names
+from nlora_surgery_cli.options import rate_or_auto, split_names
 from nlora_surgery_cli.render import count_text, echo_json, figure, first_rank, quiet_transformers
 
 from nlora_surgery.errors import AdapterError, OptionError
@@ -32,7 +32,9 @@ __all__ = ["command"]
 @click.option("--exclude", multiple=True, callback=split_names, help="With --init: as in init.")
 @click.option("--epochs", type=float, default=1.0, show_default=True)
 @click.option("--max-steps", type=int, help="Optimizer steps, instead of epochs.")
-@click.option("--lr", "learning_rate", type=float, help="Peak learning rate of AdamW.  [default: 2e-4, inttune 2e-3]")
+@click.option("--lr", "learning_rate", callback=rate_or_auto, metavar="FLOAT|auto",
+              help="Peak learning rate of AdamW; auto finds one for the start's own scale.  "
+                   "[default: 2e-4, inttune 2e-3]")  # fmt: skip
 @click.option("--batch-size", type=int, default=4, show_default=True, help="Examples per step and process.")
 @click.option("--grad-accum", type=int, default=32, show_default=True,
               help="Steps whose gradients add up; with 4 examples each that is the paper's batch of 128.")  # fmt: skip

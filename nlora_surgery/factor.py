@@ -28,6 +28,7 @@ from nlora_surgery.options import APPROXIMATIONS, FAMILY_NYSTROM, STARTS_AT_ZERO
 __all__ = [
     "SVD",
     "Factors",
+    "adam_step_norm",
     "adding_product",
     "change_sides",
     "coarse_times",
@@ -270,6 +271,37 @@ def delta_norm(left: Tensor, right: Tensor) -> float:
     right_gram = (right @ right.mT).to("cpu", torch.float64)
     square = float((left_gram * right_gram).sum())
     return math.sqrt(square) if not square < 0 else 0.0  # below zero by rounding; NaN stays what it is
+
+
+def adam_step_norm(factors: Factors, scaling: float, *, core_only: bool = False) -> float:
+    """How far the first step of Adam moves `scaling * lora_B @ lora_N @ lora_A`, per unit of the learning rate.
+
+    That step moves every trained entry by the learning rate, up or down (Kingma and Ba 2015, algorithm 1 at t = 1), and
+    the product, to first order, by the sum of the three products in which one matrix is replaced by those signs. The
+    signs are taken for independent and fair here, which makes the expected square of the Frobenius norm
+
+        scaling² (out ‖lora_N lora_A‖² + ‖lora_B‖² ‖lora_A‖² + in ‖lora_B lora_N‖²),
+
+    without the middle term for two matrices. The signs of real gradients are not independent: a yardstick to compare
+    starts by, no forecast.
+
+    Args:
+        factors: of one module, lora_A (r, in), lora_N (r, r) or None, lora_B (out, r).
+        scaling: alpha / r.
+        core_only: lora_N alone is trained (IntTune).
+    """
+    lora_A, lora_B = factors.lora_A.float(), factors.lora_B.float()
+    left, right = lora_B, lora_A
+    core = 0.0
+    if factors.lora_N is not None:
+        lora_N = factors.lora_N.float()
+        left, right = lora_B @ lora_N, lora_N @ lora_A
+        core = float(lora_B.norm()) * float(lora_A.norm())
+    if core_only:
+        return scaling * core
+    out_features, in_features = len(lora_B), lora_A.shape[1]
+    sides = math.sqrt(out_features) * float(right.norm()), math.sqrt(in_features) * float(left.norm())
+    return scaling * math.hypot(core, *sides)
 
 
 # --- which rows and columns ------------------------------------------------------------------------------

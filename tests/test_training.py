@@ -20,8 +20,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nlora_surgery.adapter import Adapter
+from nlora_surgery.checkpoint import Checkpoint
+from nlora_surgery.factor import moved_sides
 from nlora_surgery.training.data import DataOptions, encode
 from nlora_surgery.training.loading import load_tokenizer
+from nlora_surgery.training.trainer import AUTO_STEP
 
 WORDS = ["the", "red", "fox", "runs", "over", "a", "green", "hill", "and", "sees", "two", "small", "birds", "sing"]
 
@@ -107,6 +110,36 @@ def test_a_run_learns_and_writes_an_adapter(
     rates = [rate for _, rate in losses(run, "learning_rate")]
     assert max(rates) == pytest.approx(2e-3 if mode == "inttune" else 2e-4)
     assert rates[-1] < 0.02 * max(rates)
+
+
+@pytest.mark.parametrize("mode", ["nlora", "inttune"])
+def test_lr_auto_moves_the_weights_by_a_known_share(
+    surgery: Callable[..., Any], tiny_llama: Path, prepared: Path, data: Path, tmp_path: Path, mode: str
+) -> None:
+    """Oracle: what Adam did in a step, from the files; without warm-up, so that it is one of the whole rate."""
+    run = tmp_path / "run"
+    arguments = ("train", prepared, "--data", data, "-o", run, "--train", mode, "--max-steps", 1, "--warmup", 0, *FAST)
+    done = surgery(*arguments, "--lr", "auto", "--schedule", "constant", "--json")
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert losses(run, "learning_rate") == [(1, report["learning_rate"])]
+    assert report["first_step"] == pytest.approx(AUTO_STEP, rel=0.05)  # the rate has two digits
+    assert "suited every start" not in done.stderr
+
+    start, trained = Adapter.open(prepared / "adapter"), Adapter.open(run)
+    shares = []
+    with Checkpoint.open(tiny_llama) as original:
+        for name in start.parts:
+            left, right = moved_sides(trained.factors(name), start.factors(name), start.scaling(name), torch.float64)
+            weight = original.tensor(f"{name}.weight").double()
+            shares.append(float((left @ right).norm() / weight.norm()))
+    # The signs of real gradients are not independent: the same order of magnitude is what can be asked.
+    assert AUTO_STEP / 2 < sum(shares) / len(shares) < 10 * AUTO_STEP
+
+    far = surgery(*arguments, "--overwrite", "--lr", 1.0)
+    assert "suited every start" in far.stderr
+    assert "--lr must be positive" in surgery(*arguments, "--overwrite", "--lr", "nan").stderr
+    assert "neither a number nor auto" in surgery(*arguments, "--lr", "fast").stderr
 
 
 def test_the_start_has_the_loss_of_the_base(

@@ -22,6 +22,7 @@ from nlora_surgery.training.layers import (
     adapter_tensors,
     attach,
     detach,
+    first_step,
     freeze,
     load_tensors,
     merge,
@@ -166,6 +167,34 @@ def test_a_baked_start_is_the_base_to_rounding(tiny_llama: Path, tmp_path: Path)
             weight.mul_(1 + (2 * torch.rand_like(weight) - 1) * 2**-8)
     yardstick = float((logits(model) - logits(base)).square().mean().sqrt())
     assert 0 < difference < 3 * yardstick
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("mode", ["nlora", "inttune", "lora"])
+@pytest.mark.parametrize("virtual", [False, True])
+def test_the_first_step_is_the_norm_of_the_products_jacobian(kind: str, mode: str, virtual: bool) -> None:
+    """Oracle: signs s, independent and fair, move the product by J s, of the expected square ‖J‖²; J is autograd's."""
+    factors = random_factors(7, 5, 3, core=mode != "lora")
+    layer = AdapterLinear(linear(kind, 5, 7), factors, 0.7, initial=factors if virtual else None, dtype=torch.float64)
+    model = nn.Sequential(layer)
+    freeze(model, mode)
+    trained = [matrix for matrix in layer.matrices if matrix.requires_grad]
+    assert len(trained) == {"nlora": 3, "inttune": 1, "lora": 2}[mode]
+
+    def product(*changed: Tensor) -> Tensor:
+        replaced = dict(zip(map(id, trained), changed, strict=True))
+        matrices = [replaced.get(id(matrix), matrix) for matrix in layer.matrices]
+        return layer.scaling * torch.linalg.multi_dot(matrices[::-1])
+
+    jacobian = torch.autograd.functional.jacobian(product, tuple(trained))
+    expected = torch.cat([part.flatten() for part in jacobian]).norm() / dense(layer).detach().norm()
+    # Norms of at most 49 numbers, in fp32.
+    assert first_step(model) == pytest.approx(float(expected), rel=49 * EPS32)
+
+
+def test_the_first_step_needs_an_adapter() -> None:
+    with pytest.raises(AdapterError, match="no adapter"):
+        first_step(nn.Sequential(nn.Linear(2, 2)))
 
 
 def meta_llama_7b(r: int, *, core: bool) -> nn.Module:

@@ -8,6 +8,7 @@ so that the first output is the base's own, bit for bit.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from torch.nn import functional
 from nlora_surgery.adapter import Adapter, tensor_name
 from nlora_surgery.devices import compute_dtype
 from nlora_surgery.errors import AdapterError, OptionError
-from nlora_surgery.factor import Factors, change_sides
+from nlora_surgery.factor import Factors, adam_step_norm, change_sides
 
 __all__ = [
     "TRAIN_MODES",
@@ -30,6 +31,7 @@ __all__ = [
     "attach",
     "detach",
     "find_modules",
+    "first_step",
     "freeze",
     "is_conv1d",
     "linear_shape",
@@ -254,13 +256,27 @@ class AdapterLinear(nn.Module):
         return change_sides(Factors.of(matrices), Factors.of(initial) if initial else None, self.scaling, dtype)
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
-        """Add the product to the base's weight, one sum and one rounding, and return the base."""
+    def effective_weight(self) -> Tensor:
+        """The base's weight with the product added, in its own orientation, in fp32 (fp64 for wide factors)."""
         left, right = self.sides()
-        weight = _weight(self.base_layer)
         if is_conv1d(self.base_layer):
             left, right = right.T, left.T
-        weight.copy_(torch.addmm(weight.to(left.dtype), left, right))
+        return torch.addmm(_weight(self.base_layer).to(left.dtype), left, right)
+
+    @torch.no_grad()
+    def first_step(self) -> float:
+        """How far Adam's first step moves the effective weight, over its norm and per unit of the learning rate.
+
+        See `factor.adam_step_norm`. What is trained is what requires gradients.
+        """
+        core_only = not self.lora_A.weight.requires_grad
+        size = float(self.effective_weight().norm())
+        return adam_step_norm(Factors.of(self.matrices), self.scaling, core_only=core_only) / size if size else 0.0
+
+    def merge(self) -> nn.Module:
+        """Add the product to the base's weight, one sum and one rounding, and return the base."""
+        with torch.no_grad():
+            _weight(self.base_layer).copy_(self.effective_weight())
         return self.base_layer
 
 
@@ -408,6 +424,24 @@ def freeze(model: nn.Module, mode: str) -> tuple[int, int]:
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return trained, sum(parameter.numel() for parameter in parameters)
+
+
+def first_step(model: nn.Module) -> float:
+    """How far Adam's first step moves the adapted weights, relative to them and per unit of the learning rate.
+
+    Args:
+        model: with an adapter on it, and frozen but for what is trained (`freeze`).
+
+    Returns:
+        The mean over the adapted layers of `AdapterLinear.first_step`.
+
+    Raises:
+        AdapterError: no adapter is attached.
+    """
+    steps = [layer.first_step() for _, layer in adapter_layers(model)]
+    if not steps:
+        raise AdapterError("the model has no adapter; attach one first")
+    return statistics.fmean(steps)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

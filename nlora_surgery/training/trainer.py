@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -25,15 +25,29 @@ from nlora_surgery.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from nlora_surgery.errors import MissingExtraError, OptionError, OutputError, TrainingError
 from nlora_surgery.factor import is_finite
 from nlora_surgery.training.data import DataOptions, Examples, encode
-from nlora_surgery.training.layers import adapter_tensors, attach, freeze, load_tensors
+from nlora_surgery.training.layers import adapter_tensors, attach, first_step, freeze, load_tensors
 from nlora_surgery.training.loading import load_model, load_tokenizer, open_adapter
 
-__all__ = ["START_FOLDER", "TrainOptions", "TrainReport", "default_mode", "evaluate", "join_processes", "train"]
+__all__ = [
+    "AUTO_STEP",
+    "START_FOLDER",
+    "TrainOptions",
+    "TrainReport",
+    "default_mode",
+    "evaluate",
+    "join_processes",
+    "train",
+]
 
 SCHEDULES: Final = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
+# With `--lr auto`: how far the first step moves the weights, relative to them. docs/experiments.md has where from.
+AUTO_STEP: Final = 0.0015
+
 START_FOLDER: Final = "start"  # in a run: where `train --init` puts what it starts from
+
+_FAR: Final = 4  # times more or less than AUTO_STEP: a notice says so
 
 _OPTIONS_FILE: Final = "train_options.json"
 _METRICS_FILE: Final = "metrics.jsonl"
@@ -53,7 +67,8 @@ class TrainOptions:
             for an adapter with a lora_N, else `lora`.
         epochs: passes over the data.
         max_steps: optimizer steps instead of epochs.
-        learning_rate: peak; None is 2e-4, for `inttune` 2e-3.
+        learning_rate: peak; None is 2e-4, for `inttune` 2e-3; `auto` makes the first step of Adam move the adapted
+            weights by `AUTO_STEP` of their norm (see `layers.first_step`).
         batch_size: examples per step and process; with `grad_accum` the paper's 128.
         grad_accum: steps whose gradients are added up.
         warmup: share of the steps if below 1, else their number.
@@ -76,7 +91,7 @@ class TrainOptions:
     mode: str | None = None
     epochs: float = 1.0
     max_steps: int | None = None
-    learning_rate: float | None = None
+    learning_rate: float | Literal["auto"] | None = None
     batch_size: int = 4
     grad_accum: int = 32
     warmup: float = 0.03
@@ -109,7 +124,7 @@ class TrainOptions:
             if value is not None and value < 1:
                 raise OptionError(f"--{name} must be at least 1, not {value}")
         for name, number in (
-            ("lr", self.learning_rate),
+            ("lr", None if self.learning_rate == "auto" else self.learning_rate),
             ("epochs", self.epochs),
             ("max-grad-norm", self.max_grad_norm),
         ):
@@ -138,6 +153,8 @@ class TrainReport:
         steps: optimizer steps done, those before a resumption included.
         train_loss: of the last step.
         start_eval_loss, eval_loss: on the evaluation data, before and after; None without.
+        learning_rate: the peak.
+        first_step: how far it moves the adapted weights in the first step, relative to them (see `layers.first_step`).
         truncated, dropped: examples that were too long, in the training data.
         trained_tokens: tokens that the loss is taken on, per epoch.
     """
@@ -152,6 +169,8 @@ class TrainReport:
     truncated: int
     dropped: int
     trained_tokens: int
+    learning_rate: float
+    first_step: float
 
 
 def default_mode(adapter: Adapter) -> str:
@@ -238,10 +257,17 @@ def train(
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainable, parameters = freeze(model, mode)
+    per_rate = first_step(model)
+    rate = _auto_rate(per_rate) if options.learning_rate == "auto" else options.learning_rate
+    assert rate is not None
     notice(
-        f"{mode} trains {trainable:,} of {parameters:,} parameters ({trainable / parameters:.2%}) at lr "
-        f"{options.learning_rate:g} on {len(examples):,} examples"
+        f"{mode} trains {trainable:,} of {parameters:,} parameters ({trainable / parameters:.2%}) at lr {rate:.3g} on "
+        f"{len(examples):,} examples; the first step moves the weights by about {rate * per_rate:.2g} of their norm"
     )
+    if not AUTO_STEP / _FAR < rate * per_rate < AUTO_STEP * _FAR:
+        notice(
+            f"that is far from {AUTO_STEP:g}, which suited every start tried on a language model; --lr auto takes it"
+        )
     config = replace(
         opened.config,
         base_fingerprint=fingerprint,
@@ -249,7 +275,8 @@ def train(
     )
     if last_checkpoint is None and _is_first():
         _make_run(out, identity)
-    trainer = _trainer(model, tokenizer, config, out, options, examples, eval_examples, resuming=last_checkpoint)
+    resolved = replace(options, learning_rate=rate)
+    trainer = _trainer(model, tokenizer, config, out, resolved, examples, eval_examples, resuming=last_checkpoint)
     batch = options.batch_size * options.grad_accum * _world_size()
     if options.max_steps is None and options.epochs * len(examples) < 10 * batch:
         notice(f"fewer than 10 optimizer steps of {batch} examples; a lower --grad-accum makes more of them")
@@ -275,6 +302,8 @@ def train(
         truncated=examples.truncated,
         dropped=examples.dropped,
         trained_tokens=examples.trained_tokens,
+        learning_rate=rate,
+        first_step=rate * per_rate,
     )
     if trainer.args.should_save:
         write_adapter(out, config, adapter_tensors(model), {FINGERPRINT_KEY: fingerprint})
@@ -282,6 +311,17 @@ def train(
         (out / _REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     return report
+
+
+def _auto_rate(per_rate: float) -> float:
+    """The learning rate whose first step is `AUTO_STEP`, to two digits: more would pretend.
+
+    Raises:
+        TrainingError: the adapter's first step moves nothing, whatever the rate.
+    """
+    if not per_rate > 0:
+        raise TrainingError("--lr auto finds no rate: the adapter's product cannot move; name one")
+    return float(f"{AUTO_STEP / per_rate:.1e}")
 
 
 def evaluate(
@@ -490,7 +530,7 @@ def _trainer(
         output_dir=str(out),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
-        learning_rate=options.learning_rate or 0.0,
+        learning_rate=options.learning_rate if isinstance(options.learning_rate, float) else 0.0,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
