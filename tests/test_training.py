@@ -24,7 +24,7 @@ from nlora_surgery.checkpoint import Checkpoint
 from nlora_surgery.factor import moved_sides
 from nlora_surgery.training.data import DataOptions, encode
 from nlora_surgery.training.loading import load_tokenizer
-from nlora_surgery.training.trainer import AUTO_STEP
+from nlora_surgery.training.trainer import AUTO_STEP, AUTO_STEP_INTTUNE
 
 WORDS = ["the", "red", "fox", "runs", "over", "a", "green", "hill", "and", "sees", "two", "small", "birds", "sing"]
 
@@ -122,8 +122,9 @@ def test_lr_auto_moves_the_weights_by_a_known_share(
     done = surgery(*arguments, "--lr", "auto", "--schedule", "constant", "--json")
     assert done.code == 0, done.stderr
     report = json.loads(done.stdout)
+    usual = AUTO_STEP_INTTUNE if mode == "inttune" else AUTO_STEP
     assert losses(run, "learning_rate") == [(1, report["learning_rate"])]
-    assert report["first_step"] == pytest.approx(AUTO_STEP, rel=0.05)  # the rate has two digits
+    assert report["first_step"] == pytest.approx(usual, rel=0.05)  # the rate has two digits
     assert "suited every start" not in done.stderr
 
     start, trained = Adapter.open(prepared / "adapter"), Adapter.open(run)
@@ -134,7 +135,7 @@ def test_lr_auto_moves_the_weights_by_a_known_share(
             weight = original.tensor(f"{name}.weight").double()
             shares.append(float((left @ right).norm() / weight.norm()))
     # The signs of real gradients are not independent: the same order of magnitude is what can be asked.
-    assert AUTO_STEP / 2 < sum(shares) / len(shares) < 10 * AUTO_STEP
+    assert usual / 2 < sum(shares) / len(shares) < 10 * usual
 
     far = surgery(*arguments, "--overwrite", "--lr", 1.0)
     assert "suited every start" in far.stderr

@@ -30,6 +30,7 @@ from nlora_surgery.training.loading import load_model, load_tokenizer, open_adap
 
 __all__ = [
     "AUTO_STEP",
+    "AUTO_STEP_INTTUNE",
     "START_FOLDER",
     "TrainOptions",
     "TrainReport",
@@ -42,12 +43,14 @@ __all__ = [
 SCHEDULES: Final = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
-# With `--lr auto`: how far the first step moves the weights, relative to them. docs/experiments.md has where from.
+# With `--lr auto`: how far the first step moves the weights, relative to them; more where lora_N moves alone.
+# docs/experiments.md has where these are from.
 AUTO_STEP: Final = 0.0015
+AUTO_STEP_INTTUNE: Final = 0.004
 
 START_FOLDER: Final = "start"  # in a run: where `train --init` puts what it starts from
 
-_FAR: Final = 4  # times more or less than AUTO_STEP: a notice says so
+_FAR: Final = 4  # times more or less than that: a notice says so
 
 _OPTIONS_FILE: Final = "train_options.json"
 _METRICS_FILE: Final = "metrics.jsonl"
@@ -68,7 +71,7 @@ class TrainOptions:
         epochs: passes over the data.
         max_steps: optimizer steps instead of epochs.
         learning_rate: peak; None is 2e-4, for `inttune` 2e-3; `auto` makes the first step of Adam move the adapted
-            weights by `AUTO_STEP` of their norm (see `layers.first_step`).
+            weights by `AUTO_STEP` of their norm, for `inttune` by `AUTO_STEP_INTTUNE` (see `layers.first_step`).
         batch_size: examples per step and process; with `grad_accum` the paper's 128.
         grad_accum: steps whose gradients are added up.
         warmup: share of the steps if below 1, else their number.
@@ -258,16 +261,15 @@ def train(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainable, parameters = freeze(model, mode)
     per_rate = first_step(model)
-    rate = _auto_rate(per_rate) if options.learning_rate == "auto" else options.learning_rate
+    usual = AUTO_STEP_INTTUNE if mode == "inttune" else AUTO_STEP
+    rate = _auto_rate(usual, per_rate) if options.learning_rate == "auto" else options.learning_rate
     assert rate is not None
     notice(
         f"{mode} trains {trainable:,} of {parameters:,} parameters ({trainable / parameters:.2%}) at lr {rate:.3g} on "
         f"{len(examples):,} examples; the first step moves the weights by about {rate * per_rate:.2g} of their norm"
     )
-    if not AUTO_STEP / _FAR < rate * per_rate < AUTO_STEP * _FAR:
-        notice(
-            f"that is far from {AUTO_STEP:g}, which suited every start tried on a language model; --lr auto takes it"
-        )
+    if not usual / _FAR < rate * per_rate < usual * _FAR:
+        notice(f"that is far from {usual:g}, which suited every start tried on a language model; --lr auto takes it")
     config = replace(
         opened.config,
         base_fingerprint=fingerprint,
@@ -313,15 +315,15 @@ def train(
     return report
 
 
-def _auto_rate(per_rate: float) -> float:
-    """The learning rate whose first step is `AUTO_STEP`, to two digits: more would pretend.
+def _auto_rate(step: float, per_rate: float) -> float:
+    """The learning rate with a first step of that size, to two digits: more would pretend.
 
     Raises:
         TrainingError: the adapter's first step moves nothing, whatever the rate.
     """
     if not per_rate > 0:
         raise TrainingError("--lr auto finds no rate: the adapter's product cannot move; name one")
-    return float(f"{AUTO_STEP / per_rate:.1e}")
+    return float(f"{step / per_rate:.1e}")
 
 
 def evaluate(
