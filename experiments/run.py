@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -26,10 +27,10 @@ from typing import Any, Final
 
 import click
 
-from experiments.table import STAGES, Run
+from experiments.table import GRID_STEPS, STAGES, Run, Start, Trial
 from nlora_surgery.errors import TrainingError
 
-__all__ = ["RESULTS", "Runner", "append_result", "best_rate", "provenance", "read_results"]
+__all__ = ["RESULTS", "Runner", "append_result", "losses_by_rate", "provenance", "read_results"]
 
 RESULTS: Final = Path(__file__).parent / "results" / "language.jsonl"
 
@@ -51,25 +52,16 @@ def append_result(path: Path, result: Mapping[str, Any]) -> None:
         file.write(json.dumps(result) + "\n")
 
 
-def best_rate(run: Run, results: Iterable[Mapping[str, Any]]) -> float:
-    """The learning rate of the lowest final loss among the grid's runs with the same start and mode.
-
-    Raises:
-        LookupError: there is no such run that ended with a finite loss.
-    """
-    start = asdict(run.start)
-    rates = [
-        (result["eval"][-1][1], result["run"]["lr"])
+def losses_by_rate(start: Start, mode: str, results: Iterable[Mapping[str, Any]]) -> dict[float, float]:
+    """Final losses of the short runs from a start, by ascending learning rate; infinite where training failed."""
+    wanted = asdict(start)
+    found = {
+        float(result["run"]["lr"]): math.inf if "failed" in result else float(result["eval"][-1][1])
         for result in results
-        if result["run"]["start"] == start
-        and result["run"]["mode"] == run.mode
-        and result["run"]["steps"] < run.steps
-        and result["run"]["dtype"] == "bfloat16"
-        and "failed" not in result
-    ]
-    if not rates:
-        raise LookupError(f"no short run has chosen a learning rate for {run.name}")
-    return float(min(rates)[1])
+        if result["run"]["start"] == wanted
+        and (result["run"]["mode"], result["run"]["steps"], result["run"]["seed"]) == (mode, GRID_STEPS, 0)
+    }
+    return dict(sorted(found.items()))
 
 
 @dataclass
@@ -95,10 +87,38 @@ class Runner:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _starts: dict[str, threading.Lock] = field(default_factory=dict)
 
-    def pending(self, runs: Iterable[Run]) -> list[Run]:
-        """The runs without a result."""
+    def finish(self, each: Trial | Run) -> Iterator[dict[str, Any]]:
+        """Do what has no result yet of a trial, or of a run by itself.
+
+        A trial searches its learning rate first; its long runs take the one found.
+
+        Yields:
+            The result of each run, as it ends.
+
+        Raises:
+            LookupError: no learning rate ends with a finite loss.
+            subprocess.CalledProcessError: as in `run`.
+        """
+        while (run := self.pending(each)) is not None:
+            yield self.run(run)
+
+    def pending(self, each: Trial | Run) -> Run | None:
+        """The run that comes next, None if there is nothing left to do.
+
+        Raises:
+            LookupError: no learning rate ends with a finite loss.
+        """
         done = read_results(self.results)
-        return [run for run in runs if run.name not in done]
+        if isinstance(each, Run):
+            return None if each.name in done else each
+        losses = losses_by_rate(each.start, each.mode, done.values())
+        lr = each.next_rate(losses)
+        if lr is not None:
+            return each.short(lr)
+        best = min(losses, key=losses.__getitem__)
+        if not math.isfinite(losses[best]):
+            raise LookupError(f"{each.name} ends in a finite loss at none of {len(losses)} learning rates")
+        return next((run for run in each.long(best) if run.name not in done), None)
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, and append the result to the file; a run that ends in a loss that is not finite has one, too.
@@ -106,15 +126,14 @@ class Runner:
         Raises:
             subprocess.CalledProcessError: a command failed for another reason.
         """
-        known = read_results(self.results)
-        chosen = run.at(best_rate(run, known.values())) if run.lr is None else run
         began = time.monotonic()
         prepared, start = self._prepare(run)
         out = self.work / "runs" / run.name
-        result: dict[str, Any] = {"name": run.name, "run": asdict(chosen), "init": start, "resumed": out.exists()}
+        result: dict[str, Any] = {"name": run.name, "run": asdict(run), "init": start, "resumed": out.exists()}
         try:
-            report = json.loads(self._command(self._train_command(chosen, prepared, out), f"{run.name}.log"))
-            result |= {"trainable": report["trainable"], "eval": _eval_losses(out)}
+            report = json.loads(self._command(self._train_command(run, prepared, out), f"{run.name}.log"))
+            step = float(f"{report['first_step'] / run.lr:.4g}")
+            result |= {"trainable": report["trainable"], "step_per_rate": step, "eval": _eval_losses(out)}
         except subprocess.CalledProcessError as error:
             if error.returncode != TrainingError.exit_code:
                 raise
@@ -239,24 +258,28 @@ def _cpu_lines() -> list[str]:
 @click.option("--workers", type=int, default=1, show_default=True, help="Runs at a time.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Of each run.")
 @click.option("--stage", "stages", multiple=True, help="Only these.")
-@click.option("--dry-run", is_flag=True, help="List what is pending.")
+@click.option("--dry-run", is_flag=True, help="Say what comes next for each trial.")
 def main(workers: int, stages: tuple[str, ...], dry_run: bool, **options: Any) -> None:
-    """Train what has no result yet, stage by stage."""
+    """Train what has no result yet, trial by trial."""
     runner = Runner(**options)
     runner.work.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        if stages and stage.name not in stages:
-            continue
-        pending = runner.pending(stage.runs)
-        click.echo(f"{stage.name}: {len(stage.runs) - len(pending)} of {len(stage.runs)} done")
-        if dry_run:
-            for run in pending:
-                click.echo(f"  {run.name}")
-            continue
-        with ThreadPoolExecutor(workers) as pool:
-            for result in pool.map(runner.run, pending):
-                last = result.get("failed") or f"{result['eval'][-1][1]:.4f}"
-                click.echo(f"  {result['name']}: {last}  ({result['seconds']:.0f} s)")
+    chosen = [stage for stage in STAGES if not stages or stage.name in stages]
+    work = [each for stage in chosen for each in (*stage.trials, *stage.others)]
+    if dry_run:
+        for each in work:
+            run = runner.pending(each)
+            click.echo(f"{each.name}: {'done' if run is None else run.name}")
+        return
+
+    def finish(each: Trial | Run) -> None:
+        for result in runner.finish(each):
+            last = result.get("failed") or f"{result['eval'][-1][1]:.4f}"
+            click.echo(f"{result['name']}: {last}  ({result['seconds']:.0f} s)")
+
+    with ThreadPoolExecutor(workers) as pool:  # to the end, whatever becomes of one of them
+        finished = [pool.submit(finish, each) for each in work]
+    for future in finished:
+        future.result()
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
-"""The runs: which starts are trained how, in the order in which they answer something.
+"""The trials: which starts are trained how, in the order in which they answer something.
 
-A stage compares starts in one respect. Its grid of short runs chooses a learning rate for every start, and its long
-runs, whose learning rate is that choice, are what is claimed.
+A stage compares starts in one respect. For each start short runs search a learning rate of its own, until the best one
+has a worse one on either side; long runs at that rate are what is claimed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
-__all__ = ["GRID_STEPS", "LONG_STEPS", "STAGES", "Run", "Stage", "Start", "rate_text"]
+__all__ = ["GRID_STEPS", "LEAST_RATES", "LONG_STEPS", "RATES", "STAGES", "Run", "Stage", "Start", "Trial", "rate_text"]
 
 GRID_STEPS: Final = 60
 LONG_STEPS: Final = 120
 GRID_PROBLEMS: Final = 48
 LONG_PROBLEMS: Final = 100
+LEAST_RATES: Final = 4  # learning rates of its own, without which a start is not compared
+RATES: Final = tuple(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 2, 5))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class Run:
     Attributes:
         start: where it starts from.
         mode: `--train`.
-        lr: peak learning rate; None is the best of the grid's with the same start and mode.
+        lr: peak learning rate.
         steps: optimizer steps, of `batch_size` examples each.
         problems: of the test set, on which the loss is taken: the first so many.
         eval_steps: how often.
@@ -69,7 +72,7 @@ class Run:
 
     start: Start
     mode: str
-    lr: float | None
+    lr: float
     steps: int = GRID_STEPS
     problems: int = GRID_PROBLEMS
     eval_steps: int = GRID_STEPS
@@ -80,25 +83,81 @@ class Run:
     @property
     def name(self) -> str:
         """Short and unique; the key of its result."""
-        rate = "best" if self.lr is None else rate_text(self.lr)
-        dtype = [] if self.dtype == "bfloat16" else [self.dtype]
-        return "-".join([self.start.name, self.mode, f"lr{rate}", f"s{self.steps}", *dtype, f"seed{self.seed}"])
-
-    def at(self, lr: float) -> Run:
-        """The same at a learning rate."""
-        return replace(self, lr=lr)
+        parts = [self.start.name, self.mode, f"lr{rate_text(self.lr)}", f"s{self.steps}"]
+        parts += [] if self.dtype == "bfloat16" else [self.dtype]
+        return "-".join([*parts, f"seed{self.seed}"])
 
     def long(self, seed: int = 0) -> Run:
-        """The run that counts, at the best learning rate of the grid."""
-        return replace(self, lr=None, steps=LONG_STEPS, problems=LONG_PROBLEMS, eval_steps=30, seed=seed)
+        """The run that counts, at the same learning rate."""
+        return replace(self, steps=LONG_STEPS, problems=LONG_PROBLEMS, eval_steps=30, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One start, trained in one way, at a learning rate of its own.
+
+    Attributes:
+        start, mode: as in `Run`.
+        first: the learning rate to begin the search with, one of `RATES`.
+        long_seeds: of the long runs at the rate that the search finds.
+    """
+
+    start: Start
+    mode: str
+    first: float
+    long_seeds: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Short and unique."""
+        return f"{self.start.name}-{self.mode}"
+
+    def short(self, lr: float) -> Run:
+        """The run that tries a learning rate."""
+        return Run(start=self.start, mode=self.mode, lr=lr)
+
+    def next_rate(self, losses: Mapping[float, float]) -> float | None:
+        """The learning rate to try next: downhill along `RATES`, until the best one lies between two worse ones.
+
+        Args:
+            losses: final loss by learning rate, of those tried; infinite where training failed.
+
+        Returns:
+            None once there are `LEAST_RATES` of them and both neighbours of the best one are known.
+        """
+        if not losses:
+            return self.first
+        at = RATES.index(min(losses, key=losses.__getitem__))
+        untried = [i for i, lr in enumerate(RATES) if lr not in losses]
+        if not untried:
+            return None
+
+        def beside(i: int) -> float:
+            """The loss beside the best one on the side of i: what is lower may go on falling."""
+            return losses.get(RATES[at - 1 if i < at else at + 1], math.inf)
+
+        nearest = min(untried, key=lambda i: (abs(i - at), beside(i)))
+        return RATES[nearest] if abs(nearest - at) == 1 or len(losses) < LEAST_RATES else None
+
+    def long(self, lr: float) -> list[Run]:
+        """The runs that count, at the learning rate that was found."""
+        return [self.short(lr).long(seed) for seed in self.long_seeds]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Runs that may go in any order, after those of the stages before."""
+    """Trials that answer a question together.
+
+    Attributes:
+        name: of the question.
+        trials: what is trained.
+        others: runs of a single step, of starts of which only the beginning is of interest; and best runs again with
+            another seed, for a measure of what a difference means.
+    """
 
     name: str
-    runs: tuple[Run, ...]
+    trials: tuple[Trial, ...]
+    others: tuple[Run, ...] = ()
 
 
 def rate_text(lr: float) -> str:
@@ -106,82 +165,77 @@ def rate_text(lr: float) -> str:
     return f"{lr:.0e}".replace("e-0", "e-")
 
 
-def _grid(rates: tuple[float, ...], mode: str, **start: Any) -> Iterator[Run]:
-    for lr in rates:
-        yield Run(start=Start(**start), mode=mode, lr=lr)
+_NYSTROM: Final = Start(method="nystrom")
+_OPTIMAL: Final = Start(method="nystrom-optimal")
+_SKETCH_CORE: Final = Start(method="sketch", split="core")
 
-
-def _stages() -> Iterator[Stage]:
-    plain = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
-    spectral = (1e-4, 2e-4, 5e-4, 1e-3)
-    raw = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4)
-
-    starts: list[tuple[tuple[float, ...], str, dict[str, Any]]] = [
-        (plain, "lora", {"method": "lora"}),
-        (plain, "slora", {"method": "slora"}),
-        (raw, "nlora", {"method": "nystrom"}),
-        (spectral, "nlora", {"method": "nystrom-optimal"}),
-        (spectral, "lora", {"method": "pissa", "two_matrix": True}),
-        (spectral, "nlora", {"method": "sketch"}),
-    ]
-    yield Stage("initialization", tuple(run for rates, mode, start in starts for run in _grid(rates, mode, **start)))
-    yield Stage(
-        "initialization, long",
-        tuple(Run(start=Start(**start), mode=mode, lr=None).long() for _, mode, start in starts),
-    )
-
+STAGES: Final = (
     # Not nystrom-optimal: what is subtracted from the base cancels, so that IntTune's gradients and Adam's steps depend
     # on the sides alone, which are those of nystrom.
-    cores: list[tuple[tuple[float, ...], dict[str, Any]]] = [
-        ((5e-4, 1e-3, 2e-3, 5e-3), {"method": "nystrom"}),
-        ((1e-3, 2e-3, 5e-3, 1e-2), {"method": "sketch", "split": "core"}),
-        ((1e-3, 2e-3, 5e-3, 1e-2), {"method": "pissa", "split": "core"}),
-    ]
-    yield Stage("inttune", tuple(run for rates, start in cores for run in _grid(rates, "inttune", **start)))
-    yield Stage("inttune, long", tuple(Run(start=Start(**start), mode="inttune", lr=None).long() for _, start in cores))
-
-    yield Stage(
+    Stage(
+        "inttune",
+        (
+            Trial(start=_NYSTROM, mode="inttune", first=2e-3),
+            Trial(start=_SKETCH_CORE, mode="inttune", first=5e-3, long_seeds=(0,)),
+        ),
+    ),
+    Stage(
+        "initialization",
+        (
+            Trial(start=Start(method="sketch"), mode="nlora", first=1e-4, long_seeds=(0,)),
+            Trial(start=Start(method="lora"), mode="lora", first=2e-3, long_seeds=(0,)),
+            Trial(start=_NYSTROM, mode="nlora", first=5e-5, long_seeds=(0,)),
+            Trial(start=Start(method="slora"), mode="slora", first=2e-3, long_seeds=(0,)),
+            Trial(start=Start(method="pissa", two_matrix=True), mode="lora", first=1e-4, long_seeds=(0,)),
+            Trial(start=_OPTIMAL, mode="nlora", first=2e-4, long_seeds=(0,)),
+        ),
+        others=(
+            Run(start=Start(method="pissa-fast"), mode="nlora", lr=1e-4, steps=1, eval_steps=1),
+            Run(start=Start(method="lora"), mode="lora", lr=2e-3, seed=1),
+            Run(start=Start(method="sketch"), mode="nlora", lr=1e-4, seed=1),
+            Run(start=_NYSTROM, mode="nlora", lr=5e-5, seed=1),
+            Run(start=Start(method="slora"), mode="slora", lr=2e-3, seed=1),
+        ),
+    ),
+    Stage(
+        "core",
+        (
+            Trial(start=Start(method="nystrom-pinv"), mode="nlora", first=1e-4),
+            Trial(start=Start(method="nystrom", residual="none"), mode="nlora", first=1e-4),
+        ),
+        others=tuple(
+            Run(start=Start(method=method, residual="virtual"), mode="nlora", lr=5e-5, steps=1, eval_steps=1)
+            for method in ("nystrom", "nystrom-pinv", "nystrom-optimal")
+        ),
+    ),
+    Stage(
         "rank",
         tuple(
-            run
-            for rank in (4, 8, 16, 32, 128)
-            for rates, mode, method in (
-                ((5e-4, 1e-3, 2e-3), "slora", "slora"),
-                ((1e-4, 2e-4, 5e-4), "nlora", "nystrom"),
+            Trial(start=Start(method=method, rank=rank), mode=mode, first=first)
+            for rank, slora, nystrom in (
+                (8, 2e-3, 5e-4),
+                (128, 1e-3, 5e-5),
+                (32, 2e-3, 1e-4),
+                (4, 5e-3, 5e-4),
+                (16, 2e-3, 2e-4),
             )
-            for run in _grid(rates, mode, method=method, rank=rank)
+            for method, mode, first in (("slora", "slora", slora), ("nystrom", "nlora", nystrom))
         ),
-    )
-
-    yield Stage(
-        "core",
+    ),
+    Stage("order", (Trial(start=Start(method="nystrom", folded=True), mode="lora", first=1e-4),)),
+    Stage(
+        "scale split",
+        (
+            Trial(start=_SKETCH_CORE, mode="nlora", first=1e-4),
+            Trial(start=Start(method="nystrom-optimal", split="balanced"), mode="nlora", first=2e-4),
+            Trial(start=Start(method="nystrom-optimal", split="core"), mode="nlora", first=2e-4),
+        ),
+    ),
+    Stage(
+        "inttune, rank",
         tuple(
-            run
-            for start in (
-                {"method": "nystrom", "residual": "virtual"},
-                {"method": "nystrom", "residual": "none"},
-                {"method": "nystrom-pinv"},
-                {"method": "nystrom-pinv", "residual": "virtual"},
-                {"method": "nystrom-optimal", "residual": "virtual"},
-            )
-            for run in _grid((1e-4, 2e-4), "nlora", **start)
+            Trial(start=Start(method="sketch", split="core", rank=rank), mode="inttune", first=5e-3)
+            for rank in (128, 256)
         ),
-    )
-
-    splits: list[tuple[tuple[float, ...], dict[str, Any]]] = [
-        (spectral, {"method": "nystrom-optimal", "split": "balanced"}),
-        (plain, {"method": "nystrom-optimal", "split": "core"}),
-        (plain, {"method": "sketch", "split": "core"}),
-        (spectral, {"method": "pissa-fast"}),
-        (spectral, {"method": "pissa"}),
-    ]
-    yield Stage("scale split", tuple(run for rates, start in splits for run in _grid(rates, "nlora", **start)))
-
-    folded: list[tuple[tuple[float, ...], dict[str, Any]]] = [
-        (raw, {"method": "nystrom", "folded": True}),
-        (spectral, {"method": "nystrom-optimal", "folded": True}),
-    ]
-    yield Stage("order", tuple(run for rates, start in folded for run in _grid(rates, "lora", **start)))
-
-
-STAGES: Final = tuple(_stages())
+    ),
+)

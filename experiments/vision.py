@@ -6,11 +6,12 @@ digits lying on their side. Its head stays as it is. Takes minutes on one core, 
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiments.run import append_result, provenance, read_results
-from experiments.table import Start, rate_text
+from experiments.table import Start, Trial, rate_text
 from nlora_surgery.adapter import Adapter
-from nlora_surgery.training.layers import attach, freeze
+from nlora_surgery.training.layers import attach, first_step, freeze
 
-__all__ = ["RESULTS", "RUNS", "VisionRun"]
+__all__ = ["RESULTS", "TRIALS", "VisionRun", "mean_losses", "runs_at"]
 
 RESULTS: Final = Path(__file__).parent / "results" / "vision.jsonl"
 
@@ -34,6 +35,7 @@ _RANK: Final = 16  # of a width of 128
 _TRAIN_IMAGES: Final = 1200
 _STEPS: Final = 100
 _BATCH: Final = 32
+_SEEDS: Final = range(3)
 
 
 @dataclass(frozen=True)
@@ -51,50 +53,62 @@ class VisionRun:
         return f"{self.start.name}-{self.mode}-lr{rate_text(self.lr)}-seed{self.seed}"
 
 
-# More steps of the product's size per step of Adam want a lower rate, lora_N alone a higher one.
-_RATES: Final = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
-_FEWER_RATES: Final = _RATES[1:-1]
-
-
-def _runs() -> Iterator[VisionRun]:
-    def some(rates: Sequence[float], mode: str, **start: Any) -> Iterator[VisionRun]:
-        for lr in rates:
-            for seed in range(3):
-                yield VisionRun(Start(**{"rank": _RANK, **start}), mode, lr, seed)
+def _trials() -> Iterator[Trial]:
+    def trial(mode: str, first: float, **start: Any) -> Trial:
+        return Trial(start=Start(**{"rank": _RANK, **start}), mode=mode, first=first)
 
     # The starts.
-    for method, mode in (("lora", "lora"), ("slora", "slora"), ("nystrom", "nlora"), ("nystrom-optimal", "nlora")):
-        yield from some(_RATES, mode, method=method)
-    yield from some(_RATES, "lora", method="pissa", two_matrix=True)
-    yield from some(_RATES, "nlora", method="sketch")
+    yield trial("lora", 5e-3, method="lora")
+    yield trial("slora", 5e-3, method="slora")
+    yield trial("nlora", 5e-3, method="nystrom")
+    yield trial("nlora", 2e-3, method="nystrom-optimal")
+    yield trial("lora", 2e-3, method="pissa", two_matrix=True)
+    yield trial("nlora", 2e-3, method="sketch")
+    # How the scale is split.
+    yield trial("nlora", 5e-3, method="nystrom-optimal", split="balanced")
+    yield trial("nlora", 5e-3, method="nystrom-optimal", split="core")
+    yield trial("nlora", 2e-3, method="sketch", split="core")
     # IntTune.
-    for start in ({"method": "nystrom"}, {"method": "nystrom-optimal"}, {"method": "sketch", "split": "core"}):
-        yield from some((*_RATES, 5e-2, 1e-1), "inttune", **start)
+    yield trial("inttune", 1e-1, method="nystrom")
+    yield trial("inttune", 1e-1, method="nystrom-optimal")
+    yield trial("inttune", 2e-2, method="sketch", split="core")
+    for rank in (32, 64):
+        yield trial("inttune", 5e-2, method="nystrom", rank=rank)
+        yield trial("inttune", 1e-2, method="sketch", split="core", rank=rank)
     # Ranks.
     for rank in (4, 8, 32, 64):
-        rates = _RATES[1:] if rank < _RANK else _FEWER_RATES
-        yield from some(rates, "slora", method="slora", rank=rank)
-        yield from some(rates, "nlora", method="nystrom", rank=rank)
+        yield trial("slora", 5e-3, method="slora", rank=rank)
+        yield trial("nlora", 5e-3, method="nystrom", rank=rank)
     # The core, and no residual at all.
-    yield from some(_RATES[:-1], "nlora", method="nystrom-pinv")
-    yield from some(_RATES[:-1], "nlora", method="nystrom-pinv", residual="none")
-    for method in ("nystrom", "nystrom-optimal"):
-        yield from some(_FEWER_RATES, "nlora", method=method, residual="none")
-    # How the scale is split.
-    for split in ("balanced", "core"):
-        yield from some(_FEWER_RATES, "nlora", method="nystrom-optimal", split=split)
-    yield from some(_FEWER_RATES, "nlora", method="sketch", split="core")
+    yield trial("nlora", 5e-4, method="nystrom-pinv")
+    yield trial("nlora", 5e-3, method="nystrom", residual="none")
+    yield trial("nlora", 1e-3, method="nystrom-pinv", residual="none")
+    yield trial("nlora", 2e-3, method="nystrom-optimal", residual="none")
     # The order: lora_N within lora_B.
-    for method in ("nystrom", "nystrom-optimal"):
-        yield from some(_FEWER_RATES, "lora", method=method, folded=True)
+    yield trial("lora", 5e-3, method="nystrom", folded=True)
+    yield trial("lora", 2e-3, method="nystrom-optimal", folded=True)
     # DoRA.
-    yield from some(_FEWER_RATES, "dora", method="lora")
-    yield from some(_FEWER_RATES, "dora", method="pissa", two_matrix=True)
-    for method in ("nystrom", "nystrom-optimal"):
-        yield from some(_FEWER_RATES, "dora", method=method, folded=True)
+    yield trial("dora", 5e-3, method="lora")
+    yield trial("dora", 2e-3, method="pissa", two_matrix=True)
+    yield trial("dora", 5e-3, method="nystrom", folded=True)
+    yield trial("dora", 5e-3, method="nystrom-optimal", folded=True)
 
 
-RUNS: Final = tuple(_runs())
+TRIALS: Final = tuple(_trials())
+
+
+def runs_at(trial: Trial, lr: float) -> list[VisionRun]:
+    """The runs of a trial at a learning rate, one for each seed."""
+    return [VisionRun(trial.start, trial.mode, lr, seed) for seed in _SEEDS]
+
+
+def mean_losses(trial: Trial, results: Iterable[Mapping[str, Any]]) -> dict[float, float]:
+    """Losses after training, the mean over the seeds, by ascending learning rate; rates that lack one are left out."""
+    found: dict[float, list[float]] = {}
+    for result in results:
+        if (result["run"]["start"], result["run"]["mode"]) == (trial.start.name, trial.mode):
+            found.setdefault(float(result["run"]["lr"]), []).append(result["after"]["loss"])
+    return {lr: statistics.fmean(losses) for lr, losses in sorted(found.items()) if len(losses) == len(_SEEDS)}
 
 
 class _Images(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -193,14 +207,17 @@ def _run(run: VisionRun, base: Path, work: Path) -> dict[str, Any]:
     if run.mode == "dora":
         model = _with_dora(model, adapter, ViTForImageClassification.from_pretrained(base))
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        step = None
     else:
         attach(model, Adapter.open(adapter))
         trainable, _ = freeze(model, run.mode)
+        step = float(f"{first_step(model):.4g}")
     before, after = _train(model, _digits(lying=True), lr=run.lr, steps=_STEPS, seed=run.seed)
     return {
         "name": run.name,
         "run": {"start": run.start.name, "mode": run.mode, "lr": run.lr, "seed": run.seed, "steps": _STEPS},
         "trainable": trainable,
+        "step_per_rate": step,
         "before": before,
         "after": after,
         "seconds": round(time.monotonic() - began, 1),
@@ -244,13 +261,14 @@ def main(work: Path, results: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     work.mkdir(parents=True, exist_ok=True)
     base = _pretrained(work / "vit")
-    done = read_results(results)
-    for run in RUNS:
-        if run.name in done:
-            continue
-        result = _run(run, base, work)
-        append_result(results, result)
-        click.echo(f"{run.name}: {result['after']['loss']:.4f}, {result['after']['accuracy']:.1%}")
+    for trial in TRIALS:
+        while (lr := trial.next_rate(mean_losses(trial, read_results(results).values()))) is not None:
+            for run in runs_at(trial, lr):
+                if run.name in read_results(results):
+                    continue
+                result = _run(run, base, work)
+                append_result(results, result)
+                click.echo(f"{run.name}: {result['after']['loss']:.4f}, {result['after']['accuracy']:.1%}")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,8 @@ def summarize(manifest: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[s
         warnings.append(
             f"the start is larger than the weights (‖delta‖/‖weight‖ = {mean_ratio:.3g} on average), so the stored "
             f"residual is too and rounding it costs more: drift {statistics.fmean(drifts):.1e}; nystrom-optimal "
-            "and sketch keep it small, --residual virtual makes it zero"
+            "and sketch keep it small, --residual virtual makes it zero. Factors this large also want a learning rate "
+            "below the paper's 2e-4: train --lr auto finds one"
         )
     clamped = [module["module"] for module in modules if module["r"] < options["rank"]]
     if clamped:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiments import vision
-from experiments.page import PAGE, VISION_RESULTS, fill, tables, trials, vision_tables
-from experiments.run import RESULTS, Runner, best_rate, read_results
-from experiments.table import GRID_STEPS, STAGES, Run, Start
+from experiments.page import PAGE, fill, language, near_rates, tables, vision_transformer
+from experiments.run import RESULTS, Runner, append_result, losses_by_rate, read_results
+from experiments.table import GRID_STEPS, LEAST_RATES, LONG_STEPS, RATES, STAGES, Run, Start, Trial
 
 RESULT_KEYS = {"name", "run", "init", "eval", "data", "seconds", "machine", "versions", "date"}
 
@@ -33,36 +34,39 @@ def cells(page: str, name: str) -> dict[str, list[str]]:
 
 
 def test_the_page_holds_the_tables_that_the_results_make(page: str) -> None:
-    made = tables(read_results().values()) | vision_tables(read_results(VISION_RESULTS).values())
+    made = tables(language(read_results().values()), vision_transformer(read_results(vision.RESULTS).values()))
     assert fill(page, made) == page, "run python -m experiments.page"
     assert {*re.findall(r"<!-- table: ([^>]+) -->", page)} == {*made}
     pictures = re.findall(r"\]\((experiments/[^)]+)\)", page)
     assert pictures
     assert [name for name in pictures if not (PAGE.parent / name).exists()] == []
+    assert {Path(name).name for name in pictures} == {path.name for path in PAGE.with_suffix("").iterdir()}
 
 
 def test_losses_on_the_page_are_those_of_the_file(page: str) -> None:
     """Read from the lines themselves, past the code that makes the tables."""
-    grid = cells(page, "initialization, grid")
+    grid = cells(page, "language, starts")
     rates = [float(rate) for rate in grid["start"] if re.fullmatch(r"\de-\d", rate)]
     found = {}
     for line in RESULTS.read_text(encoding="utf-8").splitlines():
         result = json.loads(line)
         run, start = result["run"], result["run"]["start"]
-        plain = start["rank"] == 64 and start["residual"] == "baked" and not start["split"] and not start["two_matrix"]
+        changed = start["split"], start["two_matrix"], start["folded"]
+        plain = start["rank"] == 64 and start["residual"] == "baked" and not any(changed)
         if run["steps"] == GRID_STEPS and run["seed"] == 0 and run["mode"] != "inttune" and plain:
             found[start["method"], run["lr"]] = result["eval"][-1]
     checked = 0
-    for method in ("lora", "slora", "nystrom", "nystrom-optimal", "sketch"):
-        row = dict(zip(rates, grid[method], strict=False))
+    first = grid["start"].index("2e-5")
+    for method in ("lora", "slora", "nystrom", "nystrom-pinv", "nystrom-optimal", "sketch"):
+        row = dict(zip(rates, grid[method][first:], strict=False))
         for lr, cell in row.items():
             if cell:
                 step, loss = found[method, lr]
                 assert (step, cell) == (GRID_STEPS, f"{loss:.3f}")
                 checked += 1
         shown = [float(cell) for cell in row.values() if cell]
-        assert grid[method][len(rates)] == f"{min(shown):.3f}"
-    assert checked >= 5 * 4  # four learning rates for every start
+        assert grid[method][first + len(rates)] == f"{min(shown):.3f}"
+    assert checked >= 6 * 4  # four learning rates for every start
 
 
 def test_losses_of_the_vision_transformer_are_those_of_the_file(page: str) -> None:
@@ -70,7 +74,7 @@ def test_losses_of_the_vision_transformer_are_those_of_the_file(page: str) -> No
     table = cells(page, "vision, starts")
     rates = [float(rate) for rate in table["start"] if re.fullmatch(r"\de-\d", rate)]
     losses: dict[tuple[str, float], list[float]] = {}
-    for line in VISION_RESULTS.read_text(encoding="utf-8").splitlines():
+    for line in vision.RESULTS.read_text(encoding="utf-8").splitlines():
         result = json.loads(line)
         if result["run"]["mode"] not in {"inttune", "dora"}:
             losses.setdefault((result["run"]["start"], result["run"]["lr"]), []).append(result["after"]["loss"])
@@ -83,23 +87,45 @@ def test_losses_of_the_vision_transformer_are_those_of_the_file(page: str) -> No
 
 
 def test_every_result_is_of_the_table_and_says_how_it_came_about() -> None:
-    planned = {run.name: run for stage in STAGES for run in stage.runs}
-    assert len(planned) == sum(len(stage.runs) for stage in STAGES), "two runs have one name"
+    trials = {(trial.start.name, trial.mode): trial for stage in STAGES for trial in stage.trials}
+    others = {run.name: run for stage in STAGES for run in stage.others}
+    assert len(trials) == sum(len(stage.trials) for stage in STAGES), "two trials have one name"
     for name, result in read_results().items():
         assert result.keys() >= RESULT_KEYS
-        assert asdict(planned[name].at(result["run"]["lr"])) == result["run"]
-        if planned[name].lr is not None:
-            assert planned[name].lr == result["run"]["lr"]
+        run = Run(**{**result["run"], "start": Start(**result["run"]["start"])})
+        assert run.name == name
+        assert run.lr in RATES
+        trial = trials.get((run.start.name, run.mode))
+        allowed = [] if trial is None else [trial.short(run.lr), *trial.long(run.lr)]
+        assert run in [*allowed, others.get(name)]
         steps = [step for step, _ in result["eval"]]
         assert steps == sorted(steps)
-        assert "failed" in result or steps[-1] == result["run"]["steps"]
-    assert {*read_results(VISION_RESULTS)} == {run.name for run in vision.RUNS}
+        assert "failed" in result or steps[-1] == run.steps
+    images = read_results(vision.RESULTS).values()
+    planned = {run.name for trial in vision.TRIALS for lr in RATES for run in vision.runs_at(trial, lr)}
+    assert {result["name"] for result in images} <= planned
+    for trial in vision.TRIALS:
+        assert trial.next_rate(vision.mean_losses(trial, images)) is None, f"{trial.name} is not finished"
 
 
-def result_of(lr: float, loss: float, **more: Any) -> Mapping[str, Any]:
-    run = Run(start=Start(method="nystrom"), mode="nlora", lr=lr)
-    init = {"seconds": 1.0, "energy": None, "delta_ratio": None, "drift": None}
-    return {"name": run.name, "run": asdict(run), "init": init, "eval": [[0, 2.0], [GRID_STEPS, loss]], **more}
+def test_what_is_compared_had_a_search_of_its_own() -> None:
+    """At least four learning rates, and a worse one on either side of the best; read from the lines themselves."""
+    compared = language(read_results().values())
+    assert len(compared) > 10
+    for (start, mode), trained in compared.items():
+        losses = {
+            result["run"]["lr"]: math.inf if "failed" in result else result["eval"][-1][1]
+            for result in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
+            if Start(**result["run"]["start"]).name == start
+            and (result["run"]["mode"], result["run"]["steps"], result["run"]["seed"]) == (mode, GRID_STEPS, 0)
+        }
+        assert losses == trained.losses
+        if losses:
+            assert len(losses) >= LEAST_RATES
+            at = RATES.index(trained.best_rate)
+            assert losses[RATES[at - 1]] >= trained.best_loss <= losses[RATES[at + 1]]
+        for run in trained.long:
+            assert (run["run"]["lr"], run["eval"][-1][0]) == (trained.best_rate, LONG_STEPS)
 
 
 @pytest.mark.parametrize(
@@ -112,21 +138,58 @@ def result_of(lr: float, loss: float, **more: Any) -> Mapping[str, Any]:
     ],
 )
 def test_the_range_of_learning_rates(losses: dict[float, float], near: list[float]) -> None:
-    results = [
-        result_of(lr, loss) if loss < math.inf else {**result_of(lr, 0), "failed": "not finite"}
-        for lr, loss in losses.items()
-    ]
-    (trial,) = trials(results).values()
-    assert trial.near == near
-    assert trial.best == (1.0, next(lr for lr, loss in losses.items() if loss == 1.0))
+    assert near_rates(losses) == near
 
 
-def test_long_runs_take_the_best_learning_rate_of_their_own_start() -> None:
-    run = Run(start=Start(method="nystrom"), mode="nlora", lr=None).long()
-    results = [result_of(1e-4, 1.2), result_of(2e-4, 1.0), {**result_of(5e-4, 0.1), "failed": "not finite"}]
-    assert best_rate(run, results) == 2e-4
-    with pytest.raises(LookupError, match="no short run"):
-        best_rate(Run(start=Start(method="sketch"), mode="nlora", lr=None).long(), results)
+@given(
+    best=st.integers(0, len(RATES) - 1),
+    first=st.integers(0, len(RATES) - 1),
+    slopes=st.lists(st.floats(0.01, 1), min_size=2 * len(RATES), max_size=2 * len(RATES)),
+)
+def test_the_search_finds_the_lowest_of_a_valley(best: int, first: int, slopes: list[float]) -> None:
+    """Oracle: all rates tried."""
+    falling, rising = slopes[: len(RATES)], slopes[len(RATES) :]
+    valley = {lr: sum(falling[i:best]) + sum(rising[best:i]) for i, lr in enumerate(RATES)}
+    trial = Trial(start=Start(method="nystrom"), mode="nlora", first=RATES[first])
+    losses: dict[float, float] = {}
+    while (lr := trial.next_rate(losses)) is not None:
+        assert lr not in losses
+        losses[lr] = valley[lr]
+    assert min(losses, key=losses.__getitem__) == RATES[best] == min(valley, key=valley.__getitem__)
+    assert {*RATES[max(best - 1, 0) : best + 2]} <= {*losses}
+    assert len(losses) >= LEAST_RATES
+
+
+def result_of(lr: float, loss: float, **more: Any) -> dict[str, Any]:
+    run = Run(start=Start(method="nystrom"), mode="nlora", lr=lr)
+    init = {"seconds": 1.0, "energy": None, "delta_ratio": None, "drift": None}
+    return {"name": run.name, "run": asdict(run), "init": init, "eval": [[0, 2.0], [GRID_STEPS, loss]], **more}
+
+
+def test_long_runs_take_the_best_learning_rate_of_their_own_start(tmp_path: Path) -> None:
+    trial = Trial(start=Start(method="nystrom"), mode="nlora", first=2e-4, long_seeds=(0, 1))
+    results = tmp_path / "results.jsonl"
+    runner = Runner(model=tmp_path, train_data=tmp_path, test_data=tmp_path, work=tmp_path, results=results)
+    lines = [result_of(1e-4, 1.2), result_of(2e-4, 1.0), result_of(5e-5, 1.3), {**result_of(5e-4, 0.1), "failed": "…"}]
+    for line in lines:
+        append_result(results, line)
+    assert losses_by_rate(trial.start, trial.mode, lines) == {5e-5: 1.3, 1e-4: 1.2, 2e-4: 1.0, 5e-4: math.inf}
+    long = trial.short(2e-4).long()
+    assert runner.pending(trial) == long
+    append_result(results, {**lines[0], "name": long.name, "run": asdict(long)})
+    assert runner.pending(trial) == trial.short(2e-4).long(seed=1)
+    other = Trial(start=Start(method="sketch"), mode="nlora", first=2e-4)
+    assert runner.pending(other) == other.short(2e-4)
+
+
+def test_a_trial_that_always_diverges_says_so(tmp_path: Path) -> None:
+    trial = Trial(start=Start(method="nystrom"), mode="nlora", first=1e-6)
+    results = tmp_path / "results.jsonl"
+    runner = Runner(model=tmp_path, train_data=tmp_path, test_data=tmp_path, work=tmp_path, results=results)
+    for lr in RATES[:4]:
+        append_result(results, {**result_of(lr, 0.1), "failed": "not finite"})
+    with pytest.raises(LookupError, match="at none of 4 learning rates"):
+        runner.pending(trial)
 
 
 @pytest.fixture
@@ -141,21 +204,18 @@ def runner(tiny_llama: Path, tmp_path: Path) -> Runner:
 
 
 def test_a_run_becomes_a_line(runner: Runner) -> None:
-    short = Run(start=Start(method="nystrom", rank=4), mode="inttune", lr=1e-3, steps=2, eval_steps=1, problems=3)
-    long = Run(start=Start(method="nystrom", rank=4), mode="inttune", lr=None, steps=3, eval_steps=3, problems=3)
-    assert runner.pending([short, long]) == [short, long]
-    result = runner.run(short)
-    assert runner.pending([short, long]) == [long]
-    assert read_results(runner.results) == {short.name: json.loads(json.dumps(result))}
-    assert result.keys() == RESULT_KEYS | {"trainable", "resumed"}
+    run = Run(start=Start(method="nystrom", rank=4), mode="inttune", lr=1e-3, steps=2, eval_steps=1, problems=3)
+    assert runner.pending(run) == run
+    (result,) = runner.finish(run)
+    assert runner.pending(run) is None
+    assert [*runner.finish(run)] == []
+    assert read_results(runner.results) == {run.name: json.loads(json.dumps(result))}
+    assert result.keys() == RESULT_KEYS | {"trainable", "step_per_rate", "resumed"}
     assert result["trainable"] == 4 * 7 * 4**2  # lora_N of seven projections in four layers
     assert [step for step, _ in result["eval"]] == [0, 1, 2]
     assert len((runner.work / "test-3.jsonl").read_text(encoding="utf-8").splitlines()) == 3
     assert "left out" not in (runner.work / "test-3.jsonl").read_text(encoding="utf-8")
     assert [*(runner.work / "runs").iterdir()] == []
-
-    result = runner.run(long)
-    assert (result["name"], result["run"]["lr"]) == (long.name, 1e-3)
 
 
 def test_a_folded_start_is_the_same_start_in_two_matrices(runner: Runner) -> None:
