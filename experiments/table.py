@@ -188,6 +188,7 @@ STAGES: Final = (
             Trial(start=Start(method="slora"), mode="slora", first=2e-3, long_seeds=(0,)),
             Trial(start=Start(method="pissa", two_matrix=True), mode="lora", first=1e-4, long_seeds=(0,)),
             Trial(start=_OPTIMAL, mode="nlora", first=2e-4, long_seeds=(0,)),
+            Trial(start=Start(method="pissa-fast"), mode="nlora", first=1e-4),
         ),
         others=(
             Run(start=Start(method="pissa-fast"), mode="nlora", lr=1e-4, steps=1, eval_steps=1),
@@ -202,6 +203,7 @@ STAGES: Final = (
         (
             Trial(start=Start(method="nystrom-pinv"), mode="nlora", first=1e-4),
             Trial(start=Start(method="nystrom", residual="none"), mode="nlora", first=1e-4),
+            Trial(start=Start(method="nystrom", residual="virtual"), mode="nlora", first=5e-5),
         ),
         others=tuple(
             Run(start=Start(method=method, residual="virtual"), mode="nlora", lr=5e-5, steps=1, eval_steps=1)
