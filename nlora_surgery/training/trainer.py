@@ -157,7 +157,8 @@ class TrainReport:
         train_loss: of the last step.
         start_eval_loss, eval_loss: on the evaluation data, before and after; None without.
         learning_rate: the peak.
-        first_step: how far it moves the adapted weights in the first step, relative to them (see `layers.first_step`).
+        first_step: how far it moves the adapted weights in the first step, relative to them (see `layers.first_step`);
+            None, as the rate, in the report of a run of an earlier version.
         truncated, dropped: examples that were too long, in the training data.
         trained_tokens: tokens that the loss is taken on, per epoch.
     """
@@ -172,8 +173,8 @@ class TrainReport:
     truncated: int
     dropped: int
     trained_tokens: int
-    learning_rate: float
-    first_step: float
+    learning_rate: float | None = None
+    first_step: float | None = None
 
 
 def default_mode(adapter: Adapter) -> str:
