@@ -83,9 +83,7 @@ class Run:
     @property
     def name(self) -> str:
         """Short and unique; the key of its result."""
-        parts = [self.start.name, self.mode, f"lr{rate_text(self.lr)}", f"s{self.steps}"]
-        parts += [] if self.dtype == "bfloat16" else [self.dtype]
-        return "-".join([*parts, f"seed{self.seed}"])
+        return f"{self.start.name}-{self.mode}-lr{rate_text(self.lr)}-s{self.steps}-seed{self.seed}"
 
     def long(self, seed: int = 0) -> Run:
         """The run that counts, at the same learning rate."""

@@ -290,18 +290,15 @@ def adam_step_norm(factors: Factors, scaling: float, *, core_only: bool = False)
         scaling: alpha / r.
         core_only: lora_N alone is trained (IntTune).
     """
-    lora_A, lora_B = factors.lora_A.float(), factors.lora_B.float()
-    left, right = lora_B, lora_A
-    core = 0.0
-    if factors.lora_N is not None:
-        lora_N = factors.lora_N.float()
-        left, right = lora_B @ lora_N, lora_N @ lora_A
-        core = float(lora_B.norm()) * float(lora_A.norm())
+    lora_A, lora_N, lora_B = factors.lora_A.float(), factors.lora_N, factors.lora_B.float()
+    core = 0.0 if lora_N is None else scaling * float(lora_B.norm()) * float(lora_A.norm())
     if core_only:
-        return scaling * core
+        return core
+    left, _ = factors.sides(scaling, lora_A.dtype)
+    right = lora_A if lora_N is None else lora_N.float() @ lora_A
     out_features, in_features = len(lora_B), lora_A.shape[1]
-    sides = math.sqrt(out_features) * float(right.norm()), math.sqrt(in_features) * float(left.norm())
-    return scaling * math.hypot(core, *sides)
+    sides = scaling * math.sqrt(out_features) * float(right.norm()), math.sqrt(in_features) * float(left.norm())
+    return math.hypot(core, *sides)
 
 
 # --- which rows and columns ------------------------------------------------------------------------------

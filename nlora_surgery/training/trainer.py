@@ -533,7 +533,7 @@ def _trainer(
         output_dir=str(out),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
-        learning_rate=options.learning_rate if isinstance(options.learning_rate, float) else 0.0,
+        learning_rate=0.0 if options.learning_rate in (None, "auto") else float(options.learning_rate),
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
