@@ -264,7 +264,7 @@ def main(workers: int, stages: tuple[str, ...], dry_run: bool, **options: Any) -
     runner = Runner(**options)
     runner.work.mkdir(parents=True, exist_ok=True)
     chosen = [stage for stage in STAGES if not stages or stage.name in stages]
-    work = [each for stage in chosen for each in (*stage.trials, *stage.others)]
+    work = [each for stage in chosen for each in stage.work]
     if dry_run:
         for each in work:
             run = runner.pending(each)

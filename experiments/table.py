@@ -11,9 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-__all__ = ["GRID_STEPS", "LEAST_RATES", "LONG_STEPS", "RATES", "STAGES", "Run", "Stage", "Start", "Trial", "rate_text"]
+__all__ = [
+    "GRID_STEPS",
+    "LEAST_RATES",
+    "LONG_STEPS",
+    "PAPER_RATE",
+    "RATES",
+    "STAGES",
+    "Run",
+    "Stage",
+    "Start",
+    "Trial",
+    "rate_text",
+]
 
 GRID_STEPS: Final = 60
+PAPER_RATE: Final = 2e-4
 LONG_STEPS: Final = 120
 GRID_PROBLEMS: Final = 48
 LONG_PROBLEMS: Final = 100
@@ -97,12 +110,14 @@ class Trial:
     Attributes:
         start, mode: as in `Run`.
         first: the learning rate to begin the search with, one of `RATES`.
+        always: learning rates that are tried wherever the search goes.
         long_seeds: of the long runs at the rate that the search finds.
     """
 
     start: Start
     mode: str
     first: float
+    always: tuple[float, ...] = ()
     long_seeds: tuple[int, ...] = ()
 
     @property
@@ -121,7 +136,8 @@ class Trial:
             losses: final loss by learning rate, of those tried; infinite where training failed.
 
         Returns:
-            None once there are `LEAST_RATES` of them and both neighbours of the best one are known.
+            None once there are `LEAST_RATES` of them, `always` among them, and both neighbours of the best one are
+            known.
         """
         if not losses:
             return self.first
@@ -135,7 +151,9 @@ class Trial:
             return losses.get(RATES[at - 1 if i < at else at + 1], math.inf)
 
         nearest = min(untried, key=lambda i: (abs(i - at), beside(i)))
-        return RATES[nearest] if abs(nearest - at) == 1 or len(losses) < LEAST_RATES else None
+        if abs(nearest - at) == 1 or len(losses) < LEAST_RATES:
+            return RATES[nearest]
+        return next((lr for lr in self.always if lr not in losses), None)
 
     def long(self, lr: float) -> list[Run]:
         """The runs that count, at the learning rate that was found."""
@@ -149,13 +167,18 @@ class Stage:
     Attributes:
         name: of the question.
         trials: what is trained.
-        others: runs of a single step, of starts of which only the beginning is of interest; and best runs again with
-            another seed, for a measure of what a difference means.
+        others: runs without a search: best runs again with another seed, for a measure of what a difference means, and
+            what should come out like something that was searched.
     """
 
     name: str
     trials: tuple[Trial, ...]
     others: tuple[Run, ...] = ()
+
+    @property
+    def work(self) -> tuple[Trial | Run, ...]:
+        """All that there is to do."""
+        return (*self.trials, *self.others)
 
 
 def rate_text(lr: float) -> str:
@@ -168,13 +191,17 @@ _OPTIMAL: Final = Start(method="nystrom-optimal")
 _SKETCH_CORE: Final = Start(method="sketch", split="core")
 
 STAGES: Final = (
-    # Not nystrom-optimal: what is subtracted from the base cancels, so that IntTune's gradients and Adam's steps depend
-    # on the sides alone, which are those of nystrom.
+    # Of nystrom-optimal and pissa one run each: what is subtracted from the base cancels, so that IntTune's gradients
+    # and Adam's steps depend on the sides alone, which are those of nystrom, and nearly those of a sketch.
     Stage(
         "inttune",
         (
-            Trial(start=_NYSTROM, mode="inttune", first=2e-3),
+            Trial(start=_NYSTROM, mode="inttune", first=2e-3, long_seeds=(0,)),
             Trial(start=_SKETCH_CORE, mode="inttune", first=5e-3, long_seeds=(0,)),
+        ),
+        others=(
+            Run(start=_OPTIMAL, mode="inttune", lr=5e-4),
+            Run(start=Start(method="pissa", split="core"), mode="inttune", lr=1e-2),
         ),
     ),
     Stage(
@@ -189,7 +216,6 @@ STAGES: Final = (
             Trial(start=Start(method="pissa-fast"), mode="nlora", first=1e-4),
         ),
         others=(
-            Run(start=Start(method="pissa-fast"), mode="nlora", lr=1e-4, steps=1, eval_steps=1),
             Run(start=Start(method="lora"), mode="lora", lr=2e-3, seed=1),
             Run(start=Start(method="sketch"), mode="nlora", lr=1e-4, seed=1),
             Run(start=_NYSTROM, mode="nlora", lr=5e-5, seed=1),
@@ -199,25 +225,24 @@ STAGES: Final = (
     Stage(
         "core",
         (
-            Trial(start=Start(method="nystrom-pinv"), mode="nlora", first=1e-4),
+            Trial(start=Start(method="nystrom-pinv"), mode="nlora", first=1e-4, long_seeds=(0,)),
             Trial(start=Start(method="nystrom", residual="none"), mode="nlora", first=1e-4),
-            Trial(start=Start(method="nystrom", residual="virtual"), mode="nlora", first=5e-5),
         ),
-        others=tuple(
-            Run(start=Start(method=method, residual="virtual"), mode="nlora", lr=5e-5, steps=1, eval_steps=1)
-            for method in ("nystrom", "nystrom-pinv", "nystrom-optimal")
+        others=tuple(  # a virtual residual is a baked one that is not rounded: its rates are the same
+            Run(start=Start(method=method, residual="virtual"), mode="nlora", lr=lr)
+            for method, lr in (("nystrom", 5e-5), ("nystrom-pinv", 1e-4), ("nystrom-optimal", 2e-4))
         ),
     ),
     Stage(
         "rank",
         tuple(
-            Trial(start=Start(method=method, rank=rank), mode=mode, first=first)
-            for rank, slora, nystrom in (
-                (8, 2e-3, 5e-4),
-                (128, 1e-3, 5e-5),
-                (32, 2e-3, 1e-4),
-                (4, 5e-3, 5e-4),
-                (16, 2e-3, 2e-4),
+            Trial(start=Start(method=method, rank=rank), mode=mode, first=first, always=(PAPER_RATE,), long_seeds=seeds)
+            for rank, slora, nystrom, seeds in (
+                (8, 2e-3, 5e-4, (0,)),
+                (128, 1e-3, 5e-5, (0,)),
+                (32, 2e-3, 2e-4, ()),
+                (4, 1e-2, 5e-3, ()),
+                (16, 5e-3, 5e-4, ()),
             )
             for method, mode, first in (("slora", "slora", slora), ("nystrom", "nlora", nystrom))
         ),
@@ -228,14 +253,14 @@ STAGES: Final = (
         (
             Trial(start=_SKETCH_CORE, mode="nlora", first=1e-4),
             Trial(start=Start(method="nystrom-optimal", split="balanced"), mode="nlora", first=2e-4),
-            Trial(start=Start(method="nystrom-optimal", split="core"), mode="nlora", first=2e-4),
+            Trial(start=Start(method="nystrom-optimal", split="core"), mode="nlora", first=1e-4),
         ),
     ),
     Stage(
         "inttune, rank",
         tuple(
-            Trial(start=Start(method="sketch", split="core", rank=rank), mode="inttune", first=5e-3)
-            for rank in (128, 256)
+            Trial(start=Start(method="sketch", split="core", rank=rank), mode="inttune", first=first)
+            for rank, first in ((128, 2e-3), (256, 5e-4))
         ),
     ),
 )

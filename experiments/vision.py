@@ -242,9 +242,9 @@ def _with_dora(model: nn.Module, adapter: Path, original: nn.Module) -> nn.Modul
     tensors = load_file(adapter / "adapter_model.safetensors")
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight")
-        weight = original.get_submodule(module.removeprefix("base_model.model.")).weight
+        weight = original.get_parameter(f"{module.removeprefix('base_model.model.')}.weight")
         tensors[f"{module}.lora_magnitude_vector"] = torch.linalg.vector_norm(weight.detach(), dim=1)
-    wrapped = get_peft_model(model, config)
+    wrapped: nn.Module = get_peft_model(model, config)
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped
 

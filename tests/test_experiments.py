@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import vision
-from experiments.page import PAGE, fill, language, near_rates, tables, vision_transformer
+from experiments.compare import Trained, language, near_rates, vision_transformer
+from experiments.markdown import tables
+from experiments.page import PAGE, fill
 from experiments.run import RESULTS, Runner, append_result, losses_by_rate, read_results
 from experiments.table import GRID_STEPS, LEAST_RATES, LONG_STEPS, RATES, STAGES, Run, Start, Trial
 
@@ -139,6 +141,22 @@ def test_what_is_compared_had_a_search_of_its_own() -> None:
 )
 def test_the_range_of_learning_rates(losses: dict[float, float], near: list[float]) -> None:
     assert near_rates(losses) == near
+
+
+def test_losses_between_the_rates_that_were_tried() -> None:
+    """Linear in the logarithm: half-way between 1e-4 and 1e-2 is 1e-3."""
+    trained = Trained("nystrom", "nlora", [], {1e-4: 1.0, 1e-2: 3.0, 2e-2: 9.0})
+    assert trained.loss_at(1e-3) == pytest.approx(2.0)
+    assert (trained.loss_at(1e-4), trained.loss_at(1e-2), trained.loss_at(2e-2)) == pytest.approx((1.0, 3.0, 9.0))
+    assert trained.loss_at(5e-5) is trained.loss_at(5e-2) is None
+
+
+def test_some_rates_are_tried_wherever_the_search_goes() -> None:
+    trial = Trial(start=Start(method="slora"), mode="slora", first=2e-3, always=(2e-4,))
+    losses = {5e-4: 1.2, 1e-3: 1.1, 2e-3: 1.0, 5e-3: 1.1}
+    assert trial.next_rate(losses) == 2e-4
+    assert trial.next_rate({2e-4: 1.3} | losses) is None
+    assert trial.next_rate({2e-4: 0.9} | losses) == 1e-4  # the lowest so far, and nothing known below it
 
 
 @given(

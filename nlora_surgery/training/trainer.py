@@ -46,7 +46,7 @@ DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 # With `--lr auto`: how far the first step moves the weights, relative to them; more where lora_N moves alone.
 # docs/experiments.md has where these are from.
 AUTO_STEP: Final = 0.0015
-AUTO_STEP_INTTUNE: Final = 0.004
+AUTO_STEP_INTTUNE: Final = 0.0025
 
 START_FOLDER: Final = "start"  # in a run: where `train --init` puts what it starts from
 
