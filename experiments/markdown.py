@@ -120,7 +120,7 @@ def _ranks(words: Found) -> str:
             continue
         slora, nystrom = (words[key] for key in keys)
         best = [text for each in (slora, nystrom) for text in (_loss(each.best_loss), rate_text(each.best_rate))]
-        at_paper = [_loss(each.losses[PAPER_RATE]) for each in (slora, nystrom)]
+        at_paper = [_loss(each.losses[PAPER_RATE]) if PAPER_RATE in each.losses else "" for each in (slora, nystrom)]
         delta = _figure(nystrom.runs[0]["init"]["delta_ratio"], ".2f")
         rows.append([str(rank), *best, f"{nystrom.best_loss / slora.best_loss:.3f}", *at_paper, delta])
     paper = [f"{title} at {rate_text(PAPER_RATE)}" for title in ("slora", "nystrom")]
