@@ -29,7 +29,7 @@ def tables(words: Found, images: Found) -> dict[str, str]:
             made[f"language, {name}, before"] = _before(chosen)
         if len(searched) > 1:
             made[f"language, {name}"] = _grid(searched)
-        if name in {"starts", "inttune", "rank"} and len([each for each in searched if each.long]) > 1:
+        if name in {"starts", "inttune"} and len([each for each in searched if each.long]) > 1:
             made[f"language, {name}, long"] = _long(searched)
     made["language, seeds"] = _seeds([words[key] for key in LANGUAGE["starts"] if key in words and words[key].losses])
     made["language, rank, best"] = _ranks(words)
