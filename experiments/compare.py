@@ -158,7 +158,6 @@ LANGUAGE: Final = {
 # Run once, beside what it should come out like.
 ALIKE: Final = {
     "inttune": {
-        ("nystrom-optimal-r64", "inttune"): ("nystrom-r64", "inttune"),
         ("pissa-r64-core", "inttune"): ("sketch-r64-core", "inttune"),
     },
     "core": {

@@ -191,18 +191,15 @@ _OPTIMAL: Final = Start(method="nystrom-optimal")
 _SKETCH_CORE: Final = Start(method="sketch", split="core")
 
 STAGES: Final = (
-    # Of nystrom-optimal and pissa one run each: what is subtracted from the base cancels, so that IntTune's gradients
-    # and Adam's steps depend on the sides alone, which are those of nystrom, and nearly those of a sketch.
+    # What is subtracted from the base cancels, so that IntTune's gradients and Adam's steps depend on the sides alone:
+    # those of nystrom-optimal are nystrom's, pissa's nearly those of a sketch. Of the first no run, of the other one.
     Stage(
         "inttune",
         (
             Trial(start=_NYSTROM, mode="inttune", first=2e-3, long_seeds=(0,)),
             Trial(start=_SKETCH_CORE, mode="inttune", first=5e-3, long_seeds=(0,)),
         ),
-        others=(
-            Run(start=_OPTIMAL, mode="inttune", lr=5e-4),
-            Run(start=Start(method="pissa", split="core"), mode="inttune", lr=1e-2),
-        ),
+        others=(Run(start=Start(method="pissa", split="core"), mode="inttune", lr=1e-2),),
     ),
     Stage(
         "initialization",
