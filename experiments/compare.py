@@ -13,7 +13,6 @@ from experiments import vision
 from experiments.run import losses_by_rate
 from experiments.table import LONG_STEPS, STAGES, Start, Trial
 from experiments.vision import mean_losses
-from nlora_surgery.training.trainer import AUTO_STEP, AUTO_STEP_INTTUNE
 
 __all__ = [
     "ALIKE",
@@ -43,7 +42,7 @@ class Trained:
         mode: how it was trained.
         runs: all results, short and long, of all seeds.
         losses: final loss of the short runs, the mean where there are seeds, by ascending learning rate; infinite where
-            training failed. Empty where only the beginning was looked at.
+            training failed. Empty for runs without a search.
     """
 
     start: str
@@ -71,12 +70,6 @@ class Trained:
         """See `nlora_surgery.training.layers.first_step`; the mean over the starts of all seeds."""
         found = [run["step_per_rate"] for run in self.runs if run.get("step_per_rate") is not None]
         return statistics.fmean(found) if found else None
-
-    @property
-    def auto_rate(self) -> float | None:
-        """What `train --lr auto` takes."""
-        step = self.step_per_rate
-        return None if step is None else (AUTO_STEP_INTTUNE if self.mode == "inttune" else AUTO_STEP) / step
 
     def loss_at(self, lr: float) -> float | None:
         """The loss between two learning rates that were tried, linear in the logarithm; None beyond them."""

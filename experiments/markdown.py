@@ -8,6 +8,7 @@ from typing import Final
 
 from experiments.compare import ALIKE, LANGUAGE, RANKS, VISION, Found, Trained, near_rates, with_steps
 from experiments.table import LONG_STEPS, PAPER_RATE, rate_text
+from nlora_surgery.training.trainer import auto_rate
 
 __all__ = ["tables"]
 
@@ -166,8 +167,8 @@ def _steps(words: Found, images: Found) -> str:
     rows = []
     for model, found in (("language", words), ("vision", images)):
         for each, step in sorted(with_steps(found), key=lambda pair: pair[1]):
-            auto = each.auto_rate
-            loss = None if auto is None else each.loss_at(auto)
+            auto = auto_rate(each.mode, step)
+            loss = each.loss_at(auto)
             rows.append(
                 [
                     model,
@@ -177,7 +178,7 @@ def _steps(words: Found, images: Found) -> str:
                     rate_text(each.best_rate),
                     f"{step * each.best_rate:.2%}",
                     _range_text(near_rates(each.losses)),
-                    _figure(auto, ".1e").replace("e-0", "e-"),
+                    rate_text(auto, digits=2),
                     _figure(None if loss is None else loss / each.best_loss - 1, "+.1%"),
                 ]
             )

@@ -181,9 +181,9 @@ class Stage:
         return (*self.trials, *self.others)
 
 
-def rate_text(lr: float) -> str:
+def rate_text(lr: float, digits: int = 1) -> str:
     """A learning rate as the page and the runs' names have it, `2e-4`."""
-    return f"{lr:.0e}".replace("e-0", "e-")
+    return f"{lr:.{digits - 1}e}".replace("e-0", "e-")
 
 
 _NYSTROM: Final = Start(method="nystrom")

@@ -34,6 +34,7 @@ __all__ = [
     "START_FOLDER",
     "TrainOptions",
     "TrainReport",
+    "auto_rate",
     "default_mode",
     "evaluate",
     "join_processes",
@@ -262,8 +263,8 @@ def train(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainable, parameters = freeze(model, mode)
     per_rate = first_step(model)
-    usual = AUTO_STEP_INTTUNE if mode == "inttune" else AUTO_STEP
-    rate = _auto_rate(usual, per_rate) if options.learning_rate == "auto" else options.learning_rate
+    usual = _usual_step(mode)
+    rate = auto_rate(mode, per_rate) if options.learning_rate == "auto" else options.learning_rate
     assert rate is not None
     notice(
         f"{mode} trains {trainable:,} of {parameters:,} parameters ({trainable / parameters:.2%}) at lr {rate:.3g} on "
@@ -316,15 +317,23 @@ def train(
     return report
 
 
-def _auto_rate(step: float, per_rate: float) -> float:
-    """The learning rate with a first step of that size, to two digits: more would pretend.
+def _usual_step(mode: str) -> float:
+    return AUTO_STEP_INTTUNE if mode == "inttune" else AUTO_STEP
+
+
+def auto_rate(mode: str, per_rate: float) -> float:
+    """The learning rate of `--lr auto`, whose first step has the mode's usual size; to two digits: more would pretend.
+
+    Args:
+        mode: what is trained.
+        per_rate: size of the first step per unit of learning rate, from `layers.first_step`.
 
     Raises:
         TrainingError: the adapter's first step moves nothing, whatever the rate.
     """
     if not per_rate > 0:
         raise TrainingError("--lr auto finds no rate: the adapter's product cannot move; name one")
-    return float(f"{step / per_rate:.1e}")
+    return float(f"{_usual_step(mode) / per_rate:.1e}")
 
 
 def evaluate(
